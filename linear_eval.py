@@ -1,0 +1,275 @@
+"""Linear evaluation: how good are the features of a frozen backbone? One linear layer tells.
+
+    python linear_eval.py runs/simsiam/checkpoint.pt           # what a script here has saved
+    python linear_eval.py resnet50.pth --data FOLDER --size 224
+    python linear_eval.py                                      # an untrained network: the floor
+
+Reads any saved ResNet (18 to 152, wide, ResNeXt) whatever its keys: torchvision's names, or
+the numbers of nn.Sequential(*resnet.children()), under any prefix, in nested dictionaries.
+
+Protocol: the backbone in eval mode, without gradient; features of the unaugmented images, computed
+once and standardized; multinomial logistic regression by L-BFGS, its weight decay chosen on a tenth
+of the training set, then refit on all of it. The papers train that layer on augmented images; on
+cached features the result comes within half a point of theirs (dkobak/simclr-cifar10: 85.6, 85.0).
+"""
+
+import argparse
+import math
+import pickle
+import re
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import torchvision.transforms.v2.functional as TF
+from torch import nn
+from torchvision import datasets
+from torchvision.models import resnet
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels
+BUILT_IN = {"cifar10": 32, "cifar100": 32, "stl10": 96}  # data sets and the side of their images
+WEIGHT_DECAYS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)  # the candidates, on standardized features
+
+
+# ------------------------------------------------------------------ 1. Checkpoint
+def flatten(tree, prefix=""):
+    """The tensors in nested dictionaries: {"a": {"b": tensor}} -> {"a.b": tensor}."""
+    tensors = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            tensors |= flatten(value, f"{prefix}{name}.")
+        elif isinstance(value, torch.Tensor):
+            tensors[f"{prefix}{name}"] = value
+    return tensors
+
+
+def find_backbone(tensors):
+    """Where a ResNet is: {its name in torchvision: its name in tensors}, or of several the one that
+    is no momentum network and the least nested. Raises ValueError if there is none."""
+    found, copies = [], re.compile(r"momentum|target|teacher|key|(^|[._])(ema|k|m)([._]|$)")
+    for stem, tensor in tensors.items():
+        match = re.fullmatch(r"(.*?)(conv1|0)\.weight", stem)  # 0: child of an nn.Sequential
+        if match and tensor.shape[1:2] == (3,):
+            prefix = match[1]
+            names = {name.removeprefix(prefix): name for name in tensors if name.startswith(prefix)}
+            layers = {int(n.split(".")[0]) for n in names if re.match(r"\d+\.0\.conv1", n)}
+            children = {"0": "conv1", "1": "bn1"}
+            children |= {str(n): f"layer{i}" for i, n in enumerate(sorted(layers), 1)}
+            parts = [(name.partition("."), key) for name, key in names.items()]
+            names = {children.get(p[0], p[0]) + p[1] + p[2]: key for p, key in parts}
+            if "layer4.0.conv1.weight" in names:
+                found.append((bool(copies.search(prefix)), prefix.count("."), names))
+    if not found:
+        raise ValueError("no conv1 (or 0) of 3 channels in it with layer1 to layer4 beside it")
+    return min(found, key=lambda candidate: candidate[:2])[2]
+
+
+def build_backbone(block, depths, small_stem, **widths):
+    """torchvision's ResNet without its classifier: (B, 3, S, S) -> (B, D)."""
+    backbone = resnet.ResNet(block, depths, zero_init_residual=True, **widths)
+    backbone.fc = nn.Identity()
+    if small_stem:  # that keeps the resolution, SimCLR App. B.9
+        backbone.conv1 = nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)
+        backbone.maxpool = nn.Identity()
+    return backbone
+
+
+def load_backbone(path):
+    """A saved ResNet, (B, 3, S, S) -> (B, D), and the arguments saved with it ({} if none).
+
+    Block, depths, widths and stem are read off the shapes: a 3x3 conv1 means the stem for small
+    images. Raises FileNotFoundError, and ValueError where a tensor is missing or does not fit.
+    """
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)  # runs no code from it
+        tensors = flatten(saved if isinstance(saved, dict) else {})
+        names = find_backbone(tensors)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"{path} is no checkpoint of a ResNet: {reason}") from error
+    shapes = {name: tensors[key].shape for name, key in names.items()}
+    depths = [0, 0, 0, 0]
+    for block in (re.match(r"layer([1-4])\.(\d+)\.", name) for name in shapes):
+        if block:
+            depths[int(block[1]) - 1] = max(depths[int(block[1]) - 1], int(block[2]) + 1)
+    block, widths = resnet.BasicBlock, {}
+    if "layer1.0.conv3.weight" in shapes:  # conv2 is (groups * width, width, 3, 3)
+        block, (out, width, _, _) = resnet.Bottleneck, shapes["layer1.0.conv2.weight"]
+        widths = {"groups": out // width, "width_per_group": width}
+    backbone = build_backbone(block, depths, shapes["conv1.weight"][2] == 3, **widths)
+    state = backbone.state_dict()
+    for name in state:
+        if name not in names and not name.endswith("num_batches_tracked"):
+            raise ValueError(f"{path}: the backbone's {name} is missing")
+        if name in names and shapes[name] != state[name].shape:
+            shape, other = tuple(state[name].shape), tuple(shapes[name])
+            raise ValueError(f"{path}: {names[name]} is {other}, a ResNet's is {shape}")
+        state[name] = tensors[names[name]] if name in names else state[name]
+    backbone.load_state_dict(state)
+    return backbone, saved.get("args", {})
+
+
+# ------------------------------------------------------------------ 2. Data
+def load_split(args, split):
+    """Decode "train", "test" or STL-10's "unlabeled" once: images (N, 3, S, S) uint8 and labels
+    (N,) int64, -1 where there are none. Raises OSError or ValueError for what it cannot read."""
+    if args.data in BUILT_IN:
+        dataset = getattr(datasets, args.data.upper())
+        try:
+            part = split if args.data == "stl10" else split == "train"
+            data = dataset(args.data_dir, part, download=True)  # data[i]: an RGB image, its label
+        except (OSError, RuntimeError) as error:
+            raise OSError(f"{dataset.url}: {error}; see --data-dir and --data FOLDER") from error
+    elif Path(args.data, split).is_dir():
+        data = datasets.ImageFolder(Path(args.data, split)).samples  # data[i]: a path, its label
+    else:
+        files, kinds = sorted(Path(args.data).rglob("*")), datasets.folder.IMG_EXTENSIONS
+        data = [(file, -1) for file in files if file.suffix.lower() in kinds]
+    if not data:
+        raise FileNotFoundError(f"--data {args.data}: neither a folder of images nor {[*BUILT_IN]}")
+    torch.manual_seed(args.seed)
+    order = torch.randperm(len(data))[: args.subset].tolist()
+    images = torch.empty(len(order), 3, args.size, args.size, dtype=torch.uint8)
+
+    def decode(i):
+        image, label = data[order[i]]
+        try:
+            image = image if args.data in BUILT_IN else datasets.folder.pil_loader(image)
+        except (OSError, SyntaxError) as error:
+            raise ValueError(f"cannot read {image}: {error}") from error
+        images[i] = TF.pil_to_tensor(TF.center_crop(TF.resize(image, args.size), args.size))
+        return label
+
+    with ThreadPoolExecutor() as pool:
+        return images, torch.tensor(list(pool.map(decode, range(len(order)))))
+
+
+# ------------------------------------------------------------------ 3. Features and neighbors
+def normalize(x):
+    for c in range(3):  # by numbers: a tensor of them would have to be copied to the GPU
+        x[:, c].sub_(MEAN[c]).div_(STD[c])
+    return x
+
+
+@torch.no_grad()
+def extract_features(backbone, images, device):
+    """The frozen backbone on the images as they are: (N, 3, S, S) uint8 -> (N, D) float32."""
+    backbone.eval()
+    return torch.cat([backbone(normalize(x.to(device) / 255)) for x in images.split(500)])
+
+
+def knn_accuracy(train_h, train_y, test_h, test_y, k, temperature):
+    """Top-1 in % of the k nearest training images' vote, weighted by exp(cosine / temperature):
+    Wu et al. 2018, Sec. 3.4. Features (N, D), labels (N,), on one device."""
+    bank, hits = F.normalize(train_h, dim=1), 0
+    for h, y in zip(F.normalize(test_h, dim=1).split(1000), test_y.split(1000)):
+        cosine, nearest = (h @ bank.T).topk(min(k, len(bank)))  # (1000, k)
+        votes = h.new_zeros(len(h), int(train_y.max()) + 1)  # (1000, classes)
+        votes.scatter_add_(1, train_y[nearest], (cosine / temperature).exp())
+        hits += (votes.argmax(1) == y).sum().item()
+    return 100 * hits / len(test_y)
+
+
+# ------------------------------------------------------------------ 4. The linear layer
+def fit_linear(h, y, weight_decay, layer):
+    """Fit layer, in place, to features h (N, D) and labels y (N,): the minimum of the mean
+    cross-entropy plus weight_decay / 2 * |weight|^2, by L-BFGS on all of them at once."""
+    optimizer = torch.optim.LBFGS(layer.parameters(), max_iter=100, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(layer(h), y) + weight_decay / 2 * layer.weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+
+
+def linear_probe(h, y, generator):
+    """The linear layer for features h (N, D), which it takes raw, and labels y (N,)."""
+    mean, std = h.mean(0), h.std(0)
+    std[std < 1e-6] = 1  # a feature that is always the same
+    h = (h - mean) / std
+    order = torch.randperm(len(h), generator=generator).to(h.device)
+    held, rest = order[: len(h) // 10], order[len(h) // 10 :]
+    layer = nn.Linear(h.shape[1], int(y.max()) + 1, device=h.device)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    hits = []
+    for weight_decay in WEIGHT_DECAYS:  # from strong to weak, each starts where the last one ended
+        fit_linear(h[rest], y[rest], weight_decay, layer)
+        hits.append((layer(h[held]).argmax(1) == y[held]).sum().item())
+    weight_decay = WEIGHT_DECAYS[hits.index(max(hits))]
+    fit_linear(h, y, weight_decay, layer)
+    with torch.no_grad():  # fold the standardization in: w (h - mean) / std + b
+        layer.weight /= std
+        layer.bias -= layer.weight @ mean
+    return layer, weight_decay
+
+
+# ------------------------------------------------------------------ 5. Main
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("checkpoint", nargs="?", help="any saved ResNet; without it an untrained one, the floor")
+    add("--data", help="cifar10, cifar100, stl10, or a folder with train/<class>/, test/<class>/")
+    add("--data-dir", help="where the built-in sets are, or get downloaded")
+    add("--size", type=int, help="side of the images in pixels; like these two, as in training")
+    add("--subset", type=int, help="use that many images of each split, drawn with the seed")
+    add("--label-fraction", type=float, default=1.0, help="fit on that share of each class")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
+    add("--seed", type=int, default=0, help="of the split, the subset and the untrained network")
+    add("--out", help="save the layer there: nn.Linear's state_dict, for raw features")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    if args.out and Path(args.out).exists():
+        raise FileExistsError(f"--out {args.out} exists: choose another name")
+    if not 0 < args.label_fraction <= 1:
+        raise ValueError(f"--label-fraction {args.label_fraction} is not in 0 (excluded) to 1")
+    backbone, trained = load_backbone(args.checkpoint) if args.checkpoint else (None, {})
+    args.data = args.data or trained.get("data", "cifar10")
+    args.data_dir = args.data_dir or trained.get("data_dir", "data")
+    if not args.size:
+        own = BUILT_IN.get(args.data, 32)
+        args.size = trained.get("size", own) if args.data == trained.get("data") else own
+    torch.manual_seed(args.seed)
+    if backbone is None:
+        backbone = build_backbone(resnet.BasicBlock, [2, 2, 2, 2], args.size <= 64)
+    (train_x, train_y), (test_x, test_y) = load_split(args, "train"), load_split(args, "test")
+    if min(train_y.min(), test_y.min()) < 0:
+        raise ValueError(f"--data {args.data}: no labels; needs train/<class>/ and test/<class>/")
+    generator = torch.Generator().manual_seed(args.seed)
+    if args.label_fraction < 1:  # of each class the same share, at least one image
+        classes = [(train_y == c).nonzero()[:, 0] for c in train_y.unique()]
+        shuffled = [c[torch.randperm(len(c), generator=generator)] for c in classes]
+        keep = torch.cat([c[: max(1, round(args.label_fraction * len(c)))] for c in shuffled])
+        train_x, train_y = train_x[keep], train_y[keep]
+    device = torch.device(args.device)
+    backbone.to(device, memory_format=torch.channels_last)
+    train_h, test_h = (extract_features(backbone, x, device) for x in (train_x, test_x))
+    train_y, test_y = train_y.to(device), test_y.to(device)
+    counts = f"{len(train_h)} train and {len(test_h)} test images of {args.size} px"
+    print(f"{counts}, {train_h.shape[1]} features")
+    knn = knn_accuracy(train_h, train_y, test_h, test_y, k=200, temperature=0.1)
+    print(f"kNN top-1: {knn:.2f}% (k=200, T=0.1)")
+    knn = knn_accuracy(train_h, train_y, test_h, test_y, k=10, temperature=math.inf)
+    print(f"kNN top-1: {knn:.2f}% (k=10, unweighted)")
+    layer, weight_decay = linear_probe(train_h, train_y, generator)
+    best = layer(test_h).topk(min(5, layer.out_features)).indices == test_y[:, None]  # (N, 5)
+    print(f"linear top-5: {100 * best.any(1).float().mean():.2f}% (weight decay {weight_decay})")
+    if args.out:
+        torch.save(layer.state_dict(), args.out)
+    print(f"linear top-1: {100 * best[:, 0].float().mean():.2f}%")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (OSError, ValueError) as error:  # one line instead of a traceback
+        print(f"{sys.argv[0]}: {error}", file=sys.stderr)
+        sys.exit(2)

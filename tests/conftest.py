@@ -1,0 +1,56 @@
+"""What the tests share: the scripts as modules, a small image folder, a run of each script."""
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torchvision.utils import save_image
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+METHODS = ("simsiam", "byol", "simclr")
+CLASSES = {"red": 0, "green": 1, "blue": 2}
+
+
+@pytest.fixture(params=METHODS)
+def script(request):
+    """Each of the three method scripts."""
+    return importlib.import_module(request.param)
+
+
+def write_images(folder, count, seed):
+    """count noisy images of 20 x 24 pixels, brightest in the channel that names their class."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, channel in CLASSES.items():
+        (folder / name).mkdir(parents=True)
+        for i in range(count):
+            image = torch.rand(3, 20, 24, generator=generator) / 2
+            image[channel] += 0.5
+            save_image(image, folder / name / f"{i}.png")
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """An image folder with train/<class>/ (16 images each) and test/<class>/ (8 each)."""
+    root = tmp_path_factory.mktemp("images")
+    write_images(root / "train", 16, seed=0)
+    write_images(root / "test", 8, seed=1)
+    return root
+
+
+@pytest.fixture(scope="session")
+def arguments(folder):
+    """The flags of a run of a few seconds."""
+    flags = f"--data {folder} --size 16 --epochs 2 --batch-size 16 --device cpu"
+    return flags.split()
+
+
+@pytest.fixture(scope="session")
+def runs(arguments, tmp_path_factory):
+    """The folders of one finished run of each script."""
+    out = tmp_path_factory.mktemp("runs")
+    for method in METHODS:
+        importlib.import_module(method).main([*arguments, "--out", str(out / method)])
+    return out

@@ -1,0 +1,224 @@
+"""Losses against loops written from the equations, gradients, moving average, kNN, meter."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import byol
+import simclr
+import simsiam
+
+
+class TinyBackbone(nn.Sequential):
+    """Stands in for a ResNet: (B, 3, S, S) -> (B, 8)."""
+
+    inplanes = 8
+
+    def __init__(self):
+        pool = nn.AdaptiveAvgPool2d(2)
+        super().__init__(pool, nn.Flatten(), nn.Linear(12, 8), nn.BatchNorm1d(8), nn.ReLU())
+
+
+def tiny(method, **options):
+    torch.manual_seed(0)
+    widths = {
+        "SimSiam": {"dim": 8, "bottleneck": 4},
+        "BYOL": {"hidden": 8, "dim": 4},
+        "SimCLR": {"hidden": 8, "dim": 4},
+    }
+    return method(TinyBackbone(), **widths[method.__name__], **options)
+
+
+def views(count=6):
+    generator = torch.Generator().manual_seed(1)
+    return torch.rand(2, count, 3, 8, 8, generator=generator).unbind(0)
+
+
+def cosine_by_hand(a, b):
+    dot = sum(x * y for x, y in zip(a, b))
+    return dot / math.sqrt(sum(x * x for x in a)) / math.sqrt(sum(y * y for y in b))
+
+
+def test_negative_cosine_against_a_loop():
+    p, z = torch.randn(5, 7), torch.randn(5, 7)
+    expected = -sum(cosine_by_hand(a, b) for a, b in zip(p.tolist(), z.tolist())) / 5
+    assert simsiam.negative_cosine(p, z).item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_regression_loss_against_a_loop():
+    p, z = torch.randn(5, 7), torch.randn(5, 7)
+    total = 0.0
+    for a, b in zip(p.tolist(), z.tolist()):  # Eq. (2): squared distance of the unit vectors
+        norm_a, norm_b = math.hypot(*a), math.hypot(*b)
+        total += sum((x / norm_a - y / norm_b) ** 2 for x, y in zip(a, b))
+    assert byol.regression_loss(p, z).item() == pytest.approx(total / 5, abs=1e-5)
+
+
+@pytest.mark.parametrize("size", [1, 2, 7])
+@pytest.mark.parametrize("temperature", [0.1, 0.5])
+def test_nt_xent_against_a_double_loop(size, temperature):
+    z1, z2 = torch.randn(size, 5), torch.randn(size, 5)
+    z = [*z1.tolist(), *z2.tolist()]
+    total = 0.0
+    for i in range(2 * size):  # Eq. (1), summed over both members of each pair
+        scores = [math.exp(cosine_by_hand(z[i], z[k]) / temperature) for k in range(2 * size)]
+        positive = scores[(i + size) % (2 * size)]
+        total -= math.log(positive / sum(s for k, s in enumerate(scores) if k != i))
+    loss = simclr.nt_xent(z1, z2, temperature).item()
+    assert loss == pytest.approx(total / (2 * size), abs=1e-5)
+
+
+def test_nt_xent_stays_float32_under_autocast():
+    z1, z2 = torch.randn(16, 32), torch.randn(16, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = simclr.nt_xent(z1, z2, 0.1)
+    torch.testing.assert_close(loss, simclr.nt_xent(z1, z2, 0.1), rtol=1e-6, atol=0)
+
+
+def test_simsiam_stops_the_gradient_at_the_target():
+    p, z = torch.randn(4, 6, requires_grad=True), torch.randn(4, 6, requires_grad=True)
+    simsiam.negative_cosine(p, z).backward()
+    assert z.grad is None
+    assert p.grad.abs().sum() > 0
+    simsiam.negative_cosine(p, z, stop_grad=False).backward()
+    assert z.grad.abs().sum() > 0
+
+
+def test_simsiam_forward_is_eq_4():
+    model, (x1, x2) = tiny(simsiam.SimSiam), views()
+    loss, z1 = model(x1, x2)
+    z = [model.projector(model.backbone(x)) for x in (x1, x2)]
+    p = [model.predictor(z) for z in z]
+    d12 = -F.cosine_similarity(p[0], z[1].detach()).mean()
+    d21 = -F.cosine_similarity(p[1], z[0].detach()).mean()
+    torch.testing.assert_close(loss, (d12 + d21) / 2)
+    torch.testing.assert_close(z1, z[0])
+    expected = torch.autograd.grad((d12 + d21) / 2, [*model.parameters()])
+    actual = torch.autograd.grad(loss, [*model.parameters()])
+    torch.testing.assert_close(actual, expected)
+
+
+def test_simsiam_without_stop_grad_has_another_gradient():
+    x1, x2 = views()
+    gradients = []
+    for stop_grad in (True, False):
+        model = tiny(simsiam.SimSiam, stop_grad=stop_grad)
+        gradients.append(torch.autograd.grad(model(x1, x2)[0], model.backbone[2].weight)[0])
+    assert not torch.allclose(*gradients)
+
+
+def test_byol_sums_both_directions_across_the_views():
+    model, (x1, x2) = tiny(byol.BYOL), views()
+    with torch.no_grad():
+        model.target[0][2].weight.add_(torch.randn(8, 12))  # so that target and online differ
+    loss, z1 = model(x1, x2)
+    z = [model.projector(model.backbone(x)) for x in (x1, x2)]
+    p = [model.predictor(z) for z in z]
+    t = [model.target(x) for x in (x1, x2)]
+    expected = 4 - 2 * sum(F.cosine_similarity(p[i], t[1 - i]).mean() for i in (0, 1))
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(z1, z[0])
+
+
+def test_byol_target_gets_no_gradient_and_starts_as_a_copy():
+    model, (x1, x2) = tiny(byol.BYOL), views()
+    online = nn.Sequential(model.backbone, model.projector).state_dict()
+    assert all(torch.equal(online[name], t) for name, t in model.target.state_dict().items())
+    loss, _ = model(x1, x2)
+    loss.backward()
+    assert all(p.grad is None and not p.requires_grad for p in model.target.parameters())
+    assert all(p.grad is not None for p in model.backbone.parameters())
+    assert model.target.training
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.9, 1.0])
+def test_byol_moving_average(decay):
+    model = tiny(byol.BYOL)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p))
+    before = [p.clone() for p in model.target.parameters()]
+    online = [*model.backbone.parameters(), *model.projector.parameters()]
+    kept = copy.deepcopy(online)
+    model.update_target(decay)
+    for new, old, p in zip(model.target.parameters(), before, online):
+        torch.testing.assert_close(new, decay * old + (1 - decay) * p)
+    assert all(torch.equal(a, b) for a, b in zip(online, kept))
+
+
+def test_simclr_forward_is_nt_xent_of_the_projections():
+    model, (x1, x2) = tiny(simclr.SimCLR, temperature=0.2), views()
+    loss, z1 = model(x1, x2)
+    z = [model.projector(model.backbone(x)) for x in (x1, x2)]
+    torch.testing.assert_close(loss, simclr.nt_xent(*z, 0.2))
+    torch.testing.assert_close(z1, z[0])
+
+
+def test_default_widths_are_the_recipes(script):
+    method = {"simsiam": "SimSiam", "byol": "BYOL", "simclr": "SimCLR"}[script.__name__]
+    model = getattr(script, method)(script.build_backbone("resnet18", 32))
+    shapes = {
+        "simsiam": [(2048, 512), (2048, 2048), (512, 2048), (2048, 512)],
+        "byol": [(4096, 512), (256, 4096), (4096, 256), (256, 4096)],
+        "simclr": [(1024, 512), (128, 1024)],
+    }[script.__name__]
+    heads = [model.projector, getattr(model, "predictor", nn.Identity())]
+    linear = [m for head in heads for m in head.modules() if isinstance(m, nn.Linear)]
+    assert [tuple(layer.weight.shape) for layer in linear] == shapes
+
+
+@pytest.mark.parametrize(("size", "features"), [(16, 512), (64, 512), (96, 512)])
+def test_backbone_stem_follows_the_size(script, size, features):
+    backbone = script.build_backbone("resnet18", size).eval()
+    first = backbone.relu(backbone.bn1(backbone.conv1(torch.rand(1, 3, size, size))))
+    assert backbone.maxpool(first).shape[-1] == (size if size <= 64 else size // 4)
+    assert backbone(torch.rand(2, 3, size, size)).shape == (2, features)
+    assert all(not block.bn2.weight.any() for block in backbone.layer1)  # zero_init_residual
+
+
+def test_spread(script):
+    torch.manual_seed(0)
+    assert script.spread(torch.ones(64, 32)).item() == pytest.approx(0, abs=1e-6)
+    assert script.spread(torch.randn(4096, 128)).item() == pytest.approx(1, abs=0.02)
+    z = torch.randn(512, 16) + 3
+    unit = z / z.norm(dim=1, keepdim=True)
+    expected = sum(unit[:, d].std().item() for d in range(16)) / 16 * math.sqrt(16)
+    assert script.spread(z).item() == pytest.approx(expected, abs=1e-5)
+
+
+def vote(train_h, train_y, h, k, temperature):
+    """The class that wins among the k nearest, from the definition."""
+    cosines = [(cosine_by_hand(h, other), int(y)) for other, y in zip(train_h, train_y)]
+    votes = {}
+    for cosine, y in sorted(cosines, reverse=True)[:k]:
+        votes[y] = votes.get(y, 0) + math.exp(cosine / temperature)
+    return max(votes, key=votes.get)
+
+
+@pytest.mark.parametrize(("k", "temperature"), [(1, 0.1), (7, 0.1), (7, 1.0), (500, 0.1)])
+def test_knn_against_a_brute_force_vote(script, k, temperature):
+    torch.manual_seed(0)
+    images = torch.randint(0, 256, (70, 3, 2, 2), dtype=torch.uint8)
+    labels = torch.randint(0, 4, (70,))
+    h = script.normalize(images / 255).flatten(1).tolist()
+    hits = sum(
+        vote(h[:50], labels[:50], query, k, temperature) == y
+        for query, y in zip(h[50:], labels[50:].tolist())
+    )
+    train, test = (images[:50], labels[:50]), (images[50:], labels[50:])
+    accuracy = script.knn_accuracy(nn.Flatten(), train, test, torch.device("cpu"), k, temperature)
+    assert accuracy == pytest.approx(100 * hits / 20)
+    assert 0 < accuracy < 100
+
+
+def test_knn_leaves_the_network_in_train_mode_and_its_statistics_alone(script):
+    backbone = TinyBackbone()
+    before = copy.deepcopy(backbone.state_dict())
+    split = torch.randint(0, 256, (20, 3, 8, 8), dtype=torch.uint8), torch.arange(20) % 2
+    script.knn_accuracy(backbone, split, split, torch.device("cpu"))
+    assert backbone.training
+    assert all(torch.equal(before[name], t) for name, t in backbone.state_dict().items())
