@@ -62,7 +62,7 @@ def normalize(x):
 
 def augment(images, solarize=0.0):
     """A random view of each image, with parameters of its own: (N, 3, S, S) uint8 -> (N, 3, S, S)
-    float32, normalized. SimCLR App. A at half strength; solarize: BYOL App. B, the share of images."""
+    float32, normalized. SimCLR App. A at half strength; solarize (BYOL App. B): the probability."""
     x = random_resized_crop(images / 255)
     jitter, gray, blur, solar, *factors, turns = torch.rand(8, len(x), 1, 1, 1, device=x.device)
     jitter = jitter < 0.8  # all four of an image, or none

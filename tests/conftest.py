@@ -43,7 +43,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def arguments(folder):
     """The flags of a run of a few seconds."""
-    flags = f"--data {folder} --size 16 --epochs 2 --batch-size 16 --device cpu"
+    flags = f"--data {folder} --size 8 --epochs 2 --batch-size 16 --device cpu"
     return flags.split()
 
 

@@ -1,0 +1,97 @@
+"""The scripts stay in step: equal functions are equal to the letter, and each stands alone."""
+
+import ast
+import difflib
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import METHODS, ROOT
+
+SCRIPTS = (*METHODS, "linear_eval")
+OWN = {"main", "parse_args", "augment"}  # these differ, by the lines that test_small_diff allows
+SHARED = {"random_resized_crop", "normalize", "build_backbone", "load_split", "knn_accuracy"}
+
+
+def source(name):
+    return (ROOT / f"{name}.py").read_text()
+
+
+def functions(name):
+    """{name: source} of what is defined at module level."""
+    text = source(name)
+    kinds = (ast.FunctionDef, ast.ClassDef)
+    defined = [node for node in ast.parse(text).body if isinstance(node, kinds)]
+    return {node.name: ast.get_source_segment(text, node) for node in defined}
+
+
+@pytest.mark.parametrize("other", ["byol", "simclr"])
+def test_equal_functions_are_equal_to_the_letter(other):
+    a, b = functions("simsiam"), functions(other)
+    same = (a.keys() & b.keys()) - OWN
+    assert same >= SHARED | {"spread"}
+    assert [name for name in same if a[name] != b[name]] == []
+
+
+def test_linear_eval_reads_data_like_the_methods():
+    a, b = functions("simsiam"), functions("linear_eval")
+    assert a["load_split"] == b["load_split"]
+    assert a["normalize"] == b["normalize"]
+
+
+def test_banners_agree():
+    banners = [[line for line in source(m).split("\n") if line[:5] == "# ---"] for m in METHODS]
+    assert len(banners[0]) == 6
+    assert banners[0] == banners[1] == banners[2]
+
+
+def changes(a, b):
+    lines = difflib.ndiff(a.split("\n"), b.split("\n"))
+    return [line for line in lines if line[0] in "+-"]
+
+
+@pytest.mark.parametrize("other", ["byol", "simclr"])
+def test_small_diff(other):
+    assert len(changes(source("simsiam"), source(other))) <= 100
+    a, b = functions("simsiam"), functions(other)
+    limits = {"main": 16, "parse_args": 4, "augment": 7}
+    assert {name for name in OWN if len(changes(a[name], b[name])) > limits[name]} == set()
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_length_and_width(name):
+    lines = source(name).splitlines()
+    assert len(lines) <= 300
+    assert [i for i, line in enumerate(lines, 1) if len(line) > 100] == []
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_imports(name):
+    modules = set()
+    for node in ast.walk(ast.parse(source(name))):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            modules.add(node.module.split(".")[0])
+    assert modules - set(sys.stdlib_module_names) <= {"torch", "torchvision", "PIL"}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_lone_copy_runs(name, folder, tmp_path):
+    shutil.copy(ROOT / f"{name}.py", tmp_path)
+    flags = f"--data {folder} --size 8 --device cpu".split()
+    if name != "linear_eval":
+        flags += ["--epochs", "1", "--batch-size", "48"]
+    command = [sys.executable, f"{name}.py", *flags]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert (tmp_path / "runs" / name / "checkpoint.pt").exists() == (name != "linear_eval")
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_only_definitions_at_module_level(name):
+    allowed = (ast.FunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom, ast.Assign, ast.If)
+    body = ast.parse(source(name)).body
+    assert isinstance(body[0], ast.Expr)  # the docstring
+    assert all(isinstance(node, allowed) for node in body[1:])

@@ -1,0 +1,197 @@
+"""Each script from start to finish: what it prints, what it leaves behind, how it goes on."""
+
+import csv
+import importlib
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import METHODS, ROOT
+from PIL import Image
+from torchvision import models
+
+
+class Small(torch.nn.Sequential):
+    """Stands in for a ResNet where only the loop is of interest: (B, 3, S, S) -> (B, 4)."""
+
+    inplanes = 4
+
+    def __init__(self, *_):
+        pool, linear = torch.nn.AdaptiveAvgPool2d(1), torch.nn.Linear(3, 4)
+        super().__init__(pool, torch.nn.Flatten(), linear, torch.nn.BatchNorm1d(4))
+
+
+def run_script(name, *flags, cwd=ROOT):
+    command = [sys.executable, str(ROOT / f"{name}.py"), *map(str, flags)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_a_run_leaves_behind(method, runs):
+    out = runs / method
+    assert sorted(path.name for path in out.iterdir()) == ["checkpoint.pt", "log.csv", "views.png"]
+    with open(out / "log.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    columns = ["epoch", "loss", "spread", "kNN", "lr", "images/s", "minutes left"]
+    assert list(rows[0]) == columns
+    assert [row["epoch"] for row in rows] == ["1", "2"]
+    assert all(float(row["kNN"]) >= 0 and float(row["images/s"]) > 0 for row in rows)
+    assert 0 < float(rows[1]["lr"]) < float(rows[0]["lr"])
+    with Image.open(out / "views.png") as picture:
+        assert picture.size == (3 * 136 + 8, 8 * 136 + 8)  # eight images, two views of each
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_checkpoint_opens_in_plain_torchvision(method, runs):
+    saved = torch.load(runs / method / "checkpoint.pt", weights_only=True)
+    assert {"backbone", "model", "optimizer", "epoch", "args"} <= set(saved)
+    assert saved["epoch"] == 2
+    assert saved["args"]["size"] == 8
+    expected = {name for name in models.resnet18().state_dict() if not name.startswith("fc.")}
+    assert set(saved["backbone"]) == expected
+    assert all(torch.isfinite(t).all() for t in saved["model"].values())
+    shared = {f"backbone.{name}": t for name, t in saved["backbone"].items()}
+    assert all(torch.equal(saved["model"][name], t) for name, t in shared.items())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_training_moves_the_weights(method, runs):
+    script = importlib.import_module(method)
+    saved = torch.load(runs / method / "checkpoint.pt", weights_only=True)["backbone"]
+    torch.manual_seed(0)
+    start = script.build_backbone("resnet18", 8).state_dict()
+    assert (saved["conv1.weight"] - start["conv1.weight"]).abs().max() > 1e-4
+    assert saved["layer1.0.bn2.weight"].abs().max() > 0  # which starts at zero
+
+
+def test_byol_target_follows_the_online_network(runs):
+    model = torch.load(runs / "byol" / "checkpoint.pt", weights_only=True)["model"]
+    torch.manual_seed(0)
+    start = importlib.import_module("byol").build_backbone("resnet18", 8).state_dict()
+    target, online = model["target.0.conv1.weight"], model["backbone.conv1.weight"]
+    assert not torch.equal(target, online)
+    assert not torch.equal(target, start["conv1.weight"])
+
+
+def test_an_earlier_run_is_not_written_over(script, runs, arguments):
+    out = runs / script.__name__
+    before = (out / "checkpoint.pt").stat().st_mtime_ns
+    with pytest.raises(FileExistsError, match=r"--resume.*--out"):
+        script.main([*arguments, "--out", str(out)])
+    assert (out / "checkpoint.pt").stat().st_mtime_ns == before
+
+
+def test_resume_goes_on_where_the_run_stopped(script, arguments, tmp_path, monkeypatch, capsys):
+    """Stopped in the third of four epochs, resumed: the same weights, log and learning rates."""
+    monkeypatch.setattr(script, "SAVE_SECONDS", 0)
+    monkeypatch.setattr(script, "build_backbone", Small)
+    arguments = [*arguments, "--epochs", "4"]
+    script.main([*arguments, "--out", str(tmp_path / "straight")])
+    out, augment, calls = tmp_path / "broken", script.augment, []
+
+    def stop(*images, **options):
+        calls.append(1)
+        if len(calls) > 2 + 2 * 3 * 2 + 2:  # views.png, two epochs of three steps, one step
+            raise KeyboardInterrupt
+        return augment(*images, **options)
+
+    monkeypatch.setattr(script, "augment", stop)
+    with pytest.raises(KeyboardInterrupt):
+        script.main([*arguments, "--out", str(out)])
+    monkeypatch.setattr(script, "augment", augment)
+    capsys.readouterr()
+    script.main([*arguments, "--out", str(out), "--resume"])
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in printed if line.startswith("epoch")] == ["3", "4"]
+    states = [torch.load(tmp_path / name / "checkpoint.pt") for name in ("straight", "broken")]
+    for name, t in states[0]["model"].items():
+        assert torch.equal(t, states[1]["model"][name]), name
+    logs = []
+    for name in ("straight", "broken"):
+        with open(tmp_path / name / "log.csv", newline="") as file:
+            keep = ("epoch", "loss", "spread", "kNN", "lr")
+            logs.append([[row[key] for key in keep] for row in csv.DictReader(file)])
+    assert logs[0] == logs[1]
+
+
+def test_knn_runs_ten_times_at_even_distances(script, folder, tmp_path, monkeypatch):
+    """Twenty-five epochs without the training: which of them measure kNN?"""
+    monkeypatch.setattr(script, "knn_accuracy", lambda *_: 50.0)
+    monkeypatch.setattr(script, "build_backbone", Small)
+    monkeypatch.setattr(script, "augment", lambda images, *_, **__: images / 255)
+    flags = f"--data {folder} --size 8 --epochs 25 --batch-size 48 --device cpu".split()
+    script.main([*flags, "--out", str(tmp_path / "run")])
+    with open(tmp_path / "run" / "log.csv", newline="") as file:
+        measured = [int(row["epoch"]) for row in csv.DictReader(file) if row["kNN"]]
+    assert measured == [3, 5, 8, 10, 13, 15, 18, 20, 23, 25]
+
+
+def test_a_collapsed_network_is_reported(script, folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(script, "spread", lambda z: torch.tensor(0.05))
+    monkeypatch.setattr(script, "build_backbone", Small)
+    flags = f"--data {folder} --size 8 --epochs 1 --batch-size 24 --device cpu".split()
+    script.main([*flags, "--out", str(tmp_path / "run")])
+    line = next(line for line in capsys.readouterr().out.splitlines() if "epoch 1 " in line)
+    assert line.rstrip().endswith("collapsed?")
+
+
+def test_unlabeled_images_train_and_say_so(script, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(script, "build_backbone", Small)
+    for i in range(8):
+        Image.new("RGB", (12, 12), (30 * i, 9 * i, 255 - 20 * i)).save(tmp_path / f"{i}.png")
+    flags = f"--data {tmp_path} --size 8 --epochs 1 --batch-size 4 --device cpu".split()
+    script.main([*flags, "--out", str(tmp_path / "run")])
+    printed = capsys.readouterr().out
+    assert "no labels" in printed
+    assert "kNN " not in printed.split("\n", 1)[1]
+    assert (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+def test_the_seed_decides(script, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "build_backbone", Small)
+    flags = f"--data {folder} --size 8 --epochs 1 --batch-size 24 --device cpu".split()
+    weights = []
+    for i, seed in enumerate([0, 0, 1]):
+        out = tmp_path / str(i)
+        script.main([*flags, "--seed", str(seed), "--out", str(out)])
+        weights.append(torch.load(out / "checkpoint.pt")["backbone"]["2.weight"])
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+def test_batch_larger_than_the_set(script, arguments, tmp_path):
+    with pytest.raises(ValueError, match="--batch-size 49 is more than the 48 images"):
+        script.main([*arguments, "--batch-size", "49", "--out", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", [*METHODS, "linear_eval"])
+def test_errors_are_one_line_and_exit_code_2(name, tmp_path):
+    result = run_script(name, "--data", tmp_path / "nowhere", cwd=tmp_path)
+    assert result.returncode == 2
+    assert len(result.stderr.splitlines()) == 1
+    assert "nowhere" in result.stderr
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_checkpoint_goes_through_linear_eval(method, runs, capsys):
+    linear_eval = importlib.import_module("linear_eval")
+    linear_eval.main([str(runs / method / "checkpoint.pt"), "--device", "cpu"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "48 train and 24 test images of 8 px, 512 features"
+    assert lines[-1].startswith("linear top-1: ")
+    assert float(lines[-1].removeprefix("linear top-1: ").removesuffix("%")) > 80
+
+
+def test_no_stop_grad_reaches_the_method(arguments, tmp_path, monkeypatch):
+    simsiam = importlib.import_module("simsiam")
+    monkeypatch.setattr(simsiam, "build_backbone", Small)
+    flags = [*arguments, "--lr", "1"]
+    losses = []
+    for flag in ("--stop-grad", "--no-stop-grad"):
+        simsiam.main([*flags, flag, "--out", str(tmp_path / flag)])
+        losses.append((tmp_path / flag / "log.csv").read_text().splitlines()[2].split(",")[1])
+    assert float(losses[1]) < float(losses[0])
