@@ -7,7 +7,7 @@
         L = D(p1, z2) / 2 + D(p2, z1) / 2   # D(p, z) = -cosine(p, stopgrad(z))
         update f and h by the gradient of L
 
-Nothing pushes two images apart: the stop-gradient alone keeps z from being the same for all.
+Nothing pushes two images apart: it takes both h and stopgrad to keep z from being equal for all.
 
     python simsiam.py                       # learn from CIFAR-10 without its labels
     python linear_eval.py runs/simsiam/checkpoint.pt
@@ -40,12 +40,12 @@ def random_resized_crop(x):
     area = torch.empty(len(x), 10, 1, device=x.device).uniform_(0.2, 1) * size**2  # ten tries
     ratio = torch.empty_like(area).uniform_(math.log(3 / 4), math.log(4 / 3)).exp()
     extent = torch.cat([area * ratio, area / ratio], 2).sqrt().round()  # (N, 10, 2) width, height
-    first = (extent <= size).all(2, keepdim=True).float().argmax(1, keepdim=True)  # that fits
+    first = (extent <= size).all(2, keepdim=True).float().argmax(1, keepdim=True)  # to fit
     extent = extent.take_along_dim(first, 1).transpose(1, 2).clamp(max=size)  # (N, 2, 1) pixels
     corner = (torch.rand_like(extent) * (size - extent + 1)).floor()  # (N, 2, 1) upper left
-    centers = (torch.arange(size, device=x.device) + 0.5) / size  # (S,) of the pixels of a view:
-    centers = corner + (centers * extent).clamp(min=0.5).minimum(extent - 0.5)  # in x, (N, 2, S)
-    u, v = (2 * centers / size - 1).unbind(1)  # (N, S) each, the image spans -1 to 1
+    centers = (torch.arange(size, device=x.device) + 0.5) / size  # (S,) of a view's pixels, 0-1
+    inside = (centers * extent).clamp(min=0.5).minimum(extent - 0.5)  # the box: (N, 2, S)
+    u, v = (2 * (corner + inside) / size - 1).unbind(1)  # (N, S) each, the image spans -1 to 1
     u = torch.where(torch.rand(len(x), 1, device=x.device) < 0.5, u.flip(1), u)
     grid = torch.stack(torch.broadcast_tensors(u[:, None, :], v[:, :, None]), 3)  # (N, S, S, 2)
     return F.grid_sample(x, grid, align_corners=False)
@@ -59,7 +59,7 @@ def normalize(x):
 
 def augment(images):
     """A random view of each image, with parameters of its own: (N, 3, S, S) uint8 -> (N, 3, S, S)
-    float32, normalized. SimCLR App. A with half its color strength, as on CIFAR-10 (App. B.9)."""
+    float32, normalized. SimSiam Sec. 3, with SimCLR's color strength on CIFAR-10 (its App. B.9)."""
     x = random_resized_crop(images / 255)
     jitter, gray, blur, *factors, turns = torch.rand(7, len(x), 1, 1, 1, device=x.device)
     jitter = jitter < 0.8  # all four of an image, or none
@@ -69,15 +69,15 @@ def augment(images):
             luma = TF.rgb_to_grayscale(x)  # (N, 1, S, S)
             other = (torch.zeros_like(luma), luma.mean((2, 3), keepdim=True), luma)[i]
             x = torch.lerp(other, x, factors[i]).clamp(0, 1)
-        else:  # hue: to HSV, turn it, and back; r, g, b sit at 0, 2 and 4 sixths of the circle
+        else:  # hue: in sixths of the circle (r at 0, g 2, b 4), turned by up to 0.6, a tenth of it
             value, top = x.max(1, keepdim=True)  # (N, 1, S, S), and which channel it is
             chroma = value - x.amin(1, keepdim=True)
             offset = (x.roll(-1, 1) - x.roll(-2, 1)).gather(1, top)  # g - b, b - r or r - g
             hue = 2 * top + offset / chroma.clamp(min=1e-8) + jitter * 0.6 * (2 * turns - 1)
             hue = (hue + 5 - 2 * torch.arange(3, device=x.device).view(3, 1, 1)) % 6  # (N, 3, S, S)
-            x = value - chroma * torch.minimum(hue, 4 - hue).clamp(0, 1)
+            x = value - chroma * torch.minimum(hue, 4 - hue).clamp(0, 1)  # HSV to RGB
     x = torch.where(gray < 0.2, TF.rgb_to_grayscale(x), x)
-    if x.shape[-1] > 64:
+    if x.shape[-1] > 64:  # smaller images stay sharp; kernel: a tenth of the side
         sigma = 0.1 + 1.9 * torch.rand(()).item()  # one for all, drawn on the CPU
         x = torch.where(blur < 0.5, TF.gaussian_blur(x, x.shape[-1] // 20 * 2 + 1, sigma), x)
     return normalize(x)
@@ -96,18 +96,18 @@ def build_backbone(arch, size):
 
 # ------------------------------------------------------------------ 3. Loss and method
 def negative_cosine(p, z, stop_grad=True):
-    """D(p, z), Eq. (1), mean over the batch: (B, D), (B, D) -> scalar between -1 and 1."""
+    """D(p, z), Eq. (1), mean over the batch: p, z (B, dim) -> scalar between -1 and 1."""
     z = z.detach() if stop_grad else z  # the target is a constant, Eq. (3)
     return -F.cosine_similarity(p.float(), z.float(), dim=1).mean()
 
 
 class SimSiam(nn.Module):
-    """Each view predicts the other. backbone: a ResNet whose fc is an identity; widths: App. D."""
+    """Each view predicts the other. backbone: a ResNet with identity fc, -> (B, inplanes)."""
 
     def __init__(self, backbone, dim=2048, bottleneck=512, stop_grad=True):
         super().__init__()
         self.backbone, self.stop_grad = backbone, stop_grad
-        mlp = ops.MLP(backbone.inplanes, [dim, dim], norm_layer=nn.BatchNorm1d)
+        mlp = ops.MLP(backbone.inplanes, [dim, dim], norm_layer=nn.BatchNorm1d)  # last: no norm
         self.projector = nn.Sequential(mlp, nn.BatchNorm1d(dim, affine=False))
         self.predictor = ops.MLP(dim, [bottleneck, dim], norm_layer=nn.BatchNorm1d)
 
@@ -131,6 +131,9 @@ def load_split(args, split):
         except (OSError, RuntimeError) as error:
             raise OSError(f"{dataset.url}: {error}; see --data-dir and --data FOLDER") from error
     elif Path(args.data, split).is_dir():
+        names = [datasets.folder.find_classes(Path(args.data, s))[0] for s in ("train", split)]
+        if names[0] != names[1]:
+            raise ValueError(f"--data {args.data}: {split}/ has other classes than train/")
         data = datasets.ImageFolder(Path(args.data, split)).samples  # data[i]: a path, its label
     else:
         files, kinds = sorted(Path(args.data).rglob("*")), datasets.folder.IMG_EXTENSIONS
@@ -161,14 +164,13 @@ def knn_accuracy(backbone, train, test, device, k=200, temperature=0.1):
     backbone features: Wu et al. 2018, Sec. 3.4. train, test: (N, 3, S, S) uint8, labels (N,)."""
     backbone.eval()
 
-    def features(images):
-        for x in images.split(1000):
-            yield F.normalize(backbone(normalize(x.to(device) / 255)), dim=1)  # (1000, D)
+    def embed(x):
+        return F.normalize(backbone(normalize(x.to(device) / 255)), dim=1)  # (1000, D)
 
-    bank, labels, hits = torch.cat([*features(train[0])]), train[1].to(device), 0
-    for h, y in zip(features(test[0]), test[1].split(1000)):
-        cosine, nearest = (h @ bank.T).topk(min(k, len(bank)))  # (1000, k)
-        votes = h.new_zeros(len(h), int(labels.max()) + 1)  # (1000, classes)
+    bank, labels, hits = torch.cat([embed(x) for x in train[0].split(1000)]), train[1].to(device), 0
+    for x, y in zip(test[0].split(1000), test[1].split(1000)):
+        cosine, nearest = (embed(x) @ bank.T).topk(min(k, len(bank)))  # (1000, k)
+        votes = torch.zeros(len(x), int(labels.max()) + 1, device=device)  # (1000, classes)
         votes.scatter_add_(1, labels[nearest], (cosine / temperature).exp())
         hits += (votes.argmax(1).cpu() == y).sum().item()
     backbone.train()
@@ -207,10 +209,9 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     device, out = torch.device(args.device), Path(args.out)
-    checkpoint = out / "checkpoint.pt"
-    if checkpoint.exists() and not args.resume:
-        raise FileExistsError(f"{checkpoint} exists: go on with --resume, or choose another --out")
-    torch.backends.cudnn.benchmark = torch.backends.cuda.matmul.allow_tf32 = True
+    if (out / "checkpoint.pt").exists() and not args.resume:
+        raise FileExistsError(f"{out} holds a checkpoint: go on with --resume, or change --out")
+    torch.backends.cudnn.benchmark = torch.backends.cudnn.allow_tf32 = True
     train = load_split(args, "train")
     images = load_split(args, "unlabeled")[0] if args.data == "stl10" else train[0]
     labeled = train[1][0] >= 0 and (args.data in BUILT_IN or Path(args.data, "test").is_dir())
@@ -221,14 +222,13 @@ def main(argv=None):
     steps = len(images) // args.batch_size  # an epoch; the rest of the images sit this one out
     if steps == 0:
         raise ValueError(f"--batch-size {args.batch_size} is more than the {len(images)} images")
-
     torch.manual_seed(args.seed)
     model = SimSiam(build_backbone(args.arch, args.size), stop_grad=args.stop_grad)
     model.to(device, memory_format=torch.channels_last)
     lr, start, log = args.lr * args.batch_size / 256, 0, []
     optimizer = torch.optim.SGD(model.parameters(), lr, 0.9, weight_decay=args.weight_decay)
     if args.resume:
-        state = torch.load(checkpoint, map_location=device, weights_only=True)
+        state = torch.load(out / "checkpoint.pt", map_location=device, weights_only=True)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         start, log = state["epoch"], state["log"]
@@ -240,15 +240,14 @@ def main(argv=None):
     views = TF.normalize(views, [-m / s for m, s in zip(MEAN, STD)], [1 / s for s in STD])
     utils.save_image(F.interpolate(views, size=128), out / "views.png", nrow=3, padding=8)
     began = saved = time.time()
-
     for epoch in range(start + 1, args.epochs + 1):
-        torch.manual_seed(args.seed * 1_000_000 + epoch)
+        torch.manual_seed(args.seed * 1_000_000 + epoch)  # so a resumed run draws the same
         order = torch.randperm(len(images))[: steps * args.batch_size].view(steps, -1)
         total, epoch_began = torch.zeros((), device=device), time.time()
         for step, batch in enumerate(order.to(images.device), (epoch - 1) * steps):
-            cosine = (1 + math.cos(math.pi * step / (args.epochs * steps))) / 2  # from 1 to 0
+            anneal = (1 + math.cos(math.pi * step / (args.epochs * steps))) / 2  # from 1 to 0
             for group in optimizer.param_groups:
-                group["lr"] = lr * cosine
+                group["lr"] = lr * anneal
             x = images[batch] if fits else images[batch].pin_memory().to(device, non_blocking=True)
             x1, x2 = augment(x), augment(x)
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
@@ -260,22 +259,22 @@ def main(argv=None):
             if sys.stderr.isatty():
                 print(f"step {step % steps + 1}/{steps}", end="\r", file=sys.stderr, flush=True)
         loss, z_spread = torch.stack([total / steps, spread(z1.detach())]).tolist()
-        row = {"epoch": epoch, "loss": loss, "spread": z_spread, "kNN": "", "lr": lr * cosine}
+        row = {"epoch": epoch, "loss": loss, "spread": z_spread, "kNN": "", "lr": group["lr"]}
         row["images/s"] = steps * args.batch_size / (time.time() - epoch_began)
         if test and epoch * 10 // args.epochs > (epoch - 1) * 10 // args.epochs:  # ten times a run
             row["kNN"] = knn_accuracy(model.backbone, train, test, device)
         row["minutes left"] = (time.time() - began) / 60 * (args.epochs - epoch) / (epoch - start)
-        warning = "collapsed?" if z_spread < 0.1 else ""
-        print(*(f"{k} {v:.4g} " for k, v in row.items() if v != ""), warning, flush=True)
+        line = [f"{name} {x:.4g} " for name, x in row.items() if x != ""]
+        print(*line, "" if z_spread >= 0.1 else "collapsed?", flush=True)
         log.append(",".join(map(str, row.values())))
         (out / "log.csv").write_text("\n".join([",".join(row), *log]) + "\n")
         if epoch == args.epochs or time.time() - saved >= SAVE_SECONDS:
             state = {"backbone": model.backbone.state_dict(), "model": model.state_dict()}
             state |= {"optimizer": optimizer.state_dict(), "epoch": epoch, "args": vars(args)}
             torch.save(state | {"log": log}, out / "checkpoint.tmp")
-            (out / "checkpoint.tmp").replace(checkpoint)  # never half a checkpoint
+            (out / "checkpoint.tmp").replace(out / "checkpoint.pt")  # never half a checkpoint
             saved = time.time()
-    print(f"now: python linear_eval.py {checkpoint}")
+    print(f"now: python linear_eval.py {out}/checkpoint.pt")
 
 
 if __name__ == "__main__":

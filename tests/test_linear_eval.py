@@ -1,0 +1,296 @@
+"""The probe: which checkpoints it opens, and how good its linear layer is."""
+
+import collections
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision import models
+from torchvision.models import resnet
+
+import linear_eval
+
+
+def build(arch, small_stem=False):
+    """A torchvision network with random statistics, in eval mode, and its features of an image."""
+    torch.manual_seed(0)
+    network = models.get_model(arch, num_classes=7)
+    if small_stem:
+        network.conv1 = nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)
+        network.maxpool = nn.Identity()
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.running_mean, -0.1, 0.1)
+    network.eval()
+    x = torch.rand(2, 3, 32, 32)
+    features = nn.Sequential(*list(network.children())[:-1])(x).flatten(1)
+    return network, x, features
+
+
+def prefixed(state, prefix):
+    return {prefix + name: t for name, t in state.items()}
+
+
+def momentum(state):
+    """The same network a few steps later."""
+    return {name: t + 1 if t.is_floating_point() else t for name, t in state.items()}
+
+
+def numbered(network):
+    return nn.Sequential(*list(network.children())[:-1]).state_dict()
+
+
+def without_pool(network):
+    """Numbered after the max-pool was taken out: layer1 is child 3."""
+    keep = [m for m in network.children() if not isinstance(m, nn.MaxPool2d)]
+    return nn.Sequential(*keep[:-1]).state_dict()
+
+
+LAYOUTS = {
+    "plain": lambda n, s: s,
+    "ordered": lambda n, s: collections.OrderedDict(s),
+    "state_dict": lambda n, s: {"state_dict": s, "epoch": 3, "arch": "resnet18"},
+    "model": lambda n, s: {
+        "model": s,
+        "optimizer": {"state": {0: {"momentum_buffer": s["bn1.bias"]}}},
+    },
+    "no head": lambda n, s: {name: t for name, t in s.items() if name[:3] != "fc."},
+    "DataParallel": lambda n, s: {"state_dict": prefixed(s, "module.encoder.")},
+    "Lightning": lambda n, s: {
+        "state_dict": prefixed(s, "backbone.") | {"projector.0.weight": s["fc.weight"]}
+    },
+    "MoCo": lambda n, s: {
+        "state_dict": prefixed(momentum(s), "module.encoder_k.") | prefixed(s, "module.encoder_q.")
+    },
+    "momentum_backbone": lambda n, s: (
+        prefixed(momentum(s), "momentum_backbone.") | prefixed(s, "backbone.")
+    ),
+    "online and target": lambda n, s: (
+        prefixed(momentum(s), "target_network.net.") | prefixed(s, "online_network.net.")
+    ),
+    "teacher": lambda n, s: {
+        "teacher": prefixed(momentum(s), "backbone."),
+        "student": prefixed(s, "module.backbone."),
+    },
+    "numbered": lambda n, s: numbered(n),
+    "numbered in backbone": lambda n, s: {"state_dict": prefixed(numbered(n), "backbone.")},
+    "numbered without pool": lambda n, s: prefixed(without_pool(n), "f."),
+    "old, no batch counters": lambda n, s: {k: t for k, t in s.items() if "num_batches" not in k},
+    "half precision": lambda n, s: {
+        k: t.half() if t.is_floating_point() else t for k, t in s.items()
+    },
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_key_layouts(layout, tmp_path):
+    network, x, features = build("resnet18")
+    torch.save(LAYOUTS[layout](network, network.state_dict()), tmp_path / "saved.pth")
+    backbone, trained = linear_eval.load_backbone(tmp_path / "saved.pth")
+    tolerance = 0.02 if layout == "half precision" else 1e-5
+    torch.testing.assert_close(backbone.eval()(x), features, rtol=tolerance, atol=tolerance)
+    assert trained == {}
+
+
+@pytest.mark.parametrize(
+    ("arch", "small_stem"),
+    [("resnet18", True), ("resnet34", False), ("resnet50", False), ("resnet50", True)]
+    + [("resnet101", False), ("wide_resnet50_2", False), ("resnext50_32x4d", False)],
+)
+def test_architectures(arch, small_stem, tmp_path):
+    network, x, features = build(arch, small_stem)
+    torch.save(network.state_dict(), tmp_path / "saved.pth")
+    backbone, _ = linear_eval.load_backbone(tmp_path / "saved.pth")
+    torch.testing.assert_close(backbone.eval()(x), features)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([torch.ones(3)], "no conv1"),
+        (models.vit_b_16(image_size=32, num_layers=1).state_dict(), "no conv1"),
+        (models.squeezenet1_1().state_dict(), "no conv1"),
+        ({"epoch": 3}, "no conv1"),
+    ],
+    ids=["list", "ViT", "SqueezeNet", "no tensors"],
+)
+def test_what_is_no_resnet_is_refused(content, message, tmp_path):
+    torch.save(content, tmp_path / "saved.pth")
+    with pytest.raises(ValueError, match=rf"saved\.pth is no checkpoint of a ResNet.*{message}"):
+        linear_eval.load_backbone(tmp_path / "saved.pth")
+
+
+class Code:
+    """Unpickled carelessly, it makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def test_files_that_are_no_checkpoint(tmp_path):
+    path = tmp_path / "saved.pth"
+    network, _, _ = build("resnet18")
+    torch.save(network.state_dict(), path)
+    whole = path.read_bytes()
+    harmful = pickle.dumps({"state_dict": Code(str(tmp_path / "harm"))})
+    for content in (b"", whole[: len(whole) // 2], b"hello\n", harmful):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"saved\.pth is no checkpoint of a ResNet"):
+            linear_eval.load_backbone(path)
+    assert not (tmp_path / "harm").exists()
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        linear_eval.load_backbone(tmp_path / "nowhere.pth")
+
+
+@pytest.mark.parametrize("name", ["layer2.1.conv2.weight", "bn1.running_var", "layer3.0.bn1.bias"])
+def test_a_missing_or_misshapen_tensor_is_named(name, tmp_path):
+    state = build("resnet18")[0].state_dict()
+    tensor = state.pop(name)
+    torch.save(prefixed(state, "encoder."), tmp_path / "saved.pth")
+    with pytest.raises(ValueError, match=f"{name} is missing"):
+        linear_eval.load_backbone(tmp_path / "saved.pth")
+    torch.save(prefixed(state | {name: tensor[:5]}, "encoder."), tmp_path / "saved.pth")
+    with pytest.raises(ValueError, match=rf"encoder\.{name} is \(5,"):
+        linear_eval.load_backbone(tmp_path / "saved.pth")
+
+
+def blobs(count, seed):
+    """Features of ten overlapping classes, correlated and of very different scales."""
+    centers = torch.randn(10, 64, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(64, 64, generator=torch.Generator().manual_seed(1))
+    y = torch.arange(count) % 10
+    h = 0.55 * centers[y] @ mix + torch.randn(count, 64, generator=generator) @ mix.T
+    return (h * torch.logspace(-2, 2, 64) + 3).relu(), y
+
+
+def adam(h, y, test_h, test_y):
+    """Top-1 in % of the usual protocol: Adam, lr 1e-2, batch 1000, 500 epochs, cosine."""
+    torch.manual_seed(0)
+    mean, std = h.mean(0), h.std(0)
+    h, test_h = (h - mean) / std, (test_h - mean) / std
+    layer = nn.Linear(h.shape[1], 10)
+    optimizer = torch.optim.Adam(layer.parameters(), lr=1e-2)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 500)
+    for _ in range(500):
+        for batch in torch.randperm(len(h)).split(1000):
+            optimizer.zero_grad()
+            F.cross_entropy(layer(h[batch]), y[batch]).backward()
+            optimizer.step()
+        schedule.step()
+    return 100 * (layer(test_h).argmax(1) == test_y).float().mean().item()
+
+
+def test_lbfgs_does_not_fall_behind_adam():
+    (h, y), (test_h, test_y) = blobs(5000, seed=2), blobs(10000, seed=3)
+    layer, _ = linear_eval.linear_probe(h, y, torch.Generator().manual_seed(0))
+    ours = 100 * (layer(test_h).argmax(1) == test_y).float().mean().item()
+    theirs = adam(h, y, test_h, test_y)
+    assert 40 < theirs < 95  # neither trivial nor hopeless
+    assert ours > theirs - 0.3
+
+
+def test_few_labels_want_a_strong_weight_decay():
+    (h, y), (test_h, test_y) = blobs(200, seed=2), blobs(5000, seed=3)
+    layer, weight_decay = linear_eval.linear_probe(h, y, torch.Generator().manual_seed(0))
+    ours = 100 * (layer(test_h).argmax(1) == test_y).float().mean().item()
+    assert weight_decay >= 1e-2
+    assert ours > adam(h, y, test_h, test_y)
+
+
+def test_the_fit_is_a_minimum():
+    h, y = blobs(500, seed=2)
+    h = (h - h.mean(0)) / h.std(0)
+    layer = nn.Linear(64, 10)
+    linear_eval.fit_linear(h, y, 1e-2, layer)
+    loss = F.cross_entropy(layer(h), y) + 1e-2 / 2 * layer.weight.square().sum()
+    gradients = torch.autograd.grad(loss, [layer.weight, layer.bias])
+    assert max(g.abs().max() for g in gradients) < 1e-3
+
+
+def vote(bank, labels, h, k, temperature):
+    """The class that wins among the k nearest, from the definition."""
+    cosines = F.cosine_similarity(bank, h[None])
+    votes = collections.Counter()
+    for i in cosines.argsort(descending=True)[:k].tolist():
+        votes[int(labels[i])] += (cosines[i] / temperature).exp().item()
+    return min(votes, key=lambda y: (-round(votes[y], 5), y))
+
+
+@pytest.mark.parametrize(("k", "temperature"), [(1, 0.1), (20, 0.1), (10, float("inf"))])
+def test_knn_against_a_brute_force_vote(k, temperature):
+    (h, y), (test_h, test_y) = blobs(300, seed=2), blobs(50, seed=3)
+    hits = sum(vote(h, y, q, k, temperature) == t for q, t in zip(test_h, test_y.tolist()))
+    accuracy = linear_eval.knn_accuracy(h, y, test_h, test_y, k, temperature)
+    assert accuracy == pytest.approx(2 * hits)
+
+
+def probe(*flags):
+    linear_eval.main([*map(str, flags), "--device", "cpu"])
+
+
+def test_untrained_floor(folder, capsys):
+    probe("--data", folder, "--size", 8)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "48 train and 24 test images of 8 px, 512 features"
+    assert [line.split(":")[0] for line in lines[1:]] == ["kNN top-1"] * 2 + [
+        "linear top-5",
+        "linear top-1",
+    ]
+    assert lines[3].startswith("linear top-5: 100.00%")  # there are three classes
+
+
+def test_label_fraction_is_balanced(folder, monkeypatch, capsys):
+    counts = []
+    fit = linear_eval.linear_probe
+
+    def spy(h, y, generator):
+        counts.append(y.bincount().tolist())
+        return fit(h, y, generator)
+
+    monkeypatch.setattr(linear_eval, "linear_probe", spy)
+    probe("--data", folder, "--size", 8, "--label-fraction", 0.25)
+    assert counts == [[4, 4, 4]]
+    assert "12 train and 24 test" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="--label-fraction"):
+        probe("--data", folder, "--label-fraction", 0)
+
+
+def test_saved_layer_works_on_raw_features(folder, tmp_path, capsys):
+    network, _, _ = build("resnet18", small_stem=True)
+    torch.save(network.state_dict(), tmp_path / "network.pth")
+    out = tmp_path / "layer.pt"
+    probe(tmp_path / "network.pth", "--data", folder, "--size", 8, "--out", out)
+    printed = capsys.readouterr().out.splitlines()[-1]
+    network.fc = nn.Linear(512, 3)
+    network.fc.load_state_dict(torch.load(out, weights_only=True))
+    args = linear_eval.parse_args(["--data", str(folder), "--size", "8"])
+    images, labels = linear_eval.load_split(args, "test")
+    with torch.no_grad():
+        top1 = network(linear_eval.normalize(images / 255)).argmax(1) == labels
+    assert printed == f"linear top-1: {100 * top1.float().mean():.2f}%"
+    with pytest.raises(FileExistsError, match="--out"):
+        probe(tmp_path / "network.pth", "--data", folder, "--out", out)
+
+
+def test_labels_are_needed(folder):
+    with pytest.raises(ValueError, match="no labels"):
+        probe("--data", folder / "train" / "red", "--size", 8)
+
+
+def test_data_and_size_are_those_of_the_training(runs, folder, capsys):
+    probe(runs / "simclr" / "checkpoint.pt", "--subset", 20)
+    assert "20 train and 20 test images of 8 px" in capsys.readouterr().out
+    probe(runs / "simclr" / "checkpoint.pt", "--size", 12)
+    assert "test images of 12 px" in capsys.readouterr().out
+
+
+def test_depths_are_read_off_the_names():
+    network = resnet.ResNet(resnet.BasicBlock, [1, 3, 2, 1])
+    names = linear_eval.find_backbone(network.state_dict())
+    assert names["layer2.2.conv1.weight"] == "layer2.2.conv1.weight"
