@@ -194,7 +194,7 @@ def parse_args(argv=None):
     add("--arch", default="resnet18", choices=["resnet18", "resnet34", "resnet50"], help="backbone")
     add("--epochs", type=int, default=100, help="passes over the images")
     add("--batch-size", type=int, default=512, help="images a step, each in two views")
-    add("--lr", type=float, default=0.06, help="learning rate per 256 images of the batch")
+    add("--lr", type=float, default=0.3, help="learning rate per 256 images of the batch")
     add("--weight-decay", type=float, default=5e-4, help="L2 penalty")
     add("--seed", type=int, default=0, help="of weights, order and augmentation")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
