@@ -28,6 +28,7 @@ import torch.nn.functional as F
 import torchvision.transforms.v2.functional as TF
 from torch import nn
 from torchvision import datasets, models, ops, utils
+from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, pil_loader
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels
 BUILT_IN = {"cifar10": 32, "cifar100": 32, "stl10": 96}  # data sets and the side of their images
@@ -59,8 +60,7 @@ def normalize(x):
 
 
 def augment(images):
-    """A random view of each image, with parameters of its own: (N, 3, S, S) uint8 -> (N, 3, S, S)
-    float32, normalized. SimSiam Sec. 3, with SimCLR's color strength on CIFAR-10 (its App. B.9)."""
+    """A random view of each image, normalized: (N, 3, S, S) uint8 -> float32. SimSiam Sec. 3."""
     x = random_resized_crop(images / 255)
     jitter, gray, blur, *factors, turns = torch.rand(7, len(x), 1, 1, 1, device=x.device)
     jitter = jitter < 0.8  # all four of an image, or none
@@ -122,8 +122,7 @@ class SimCLR(nn.Module):
 
 # ------------------------------------------------------------------ 4. Data
 def load_split(args, split):
-    """Decode "train", "test" or STL-10's "unlabeled" once: images (N, 3, S, S) uint8 and labels
-    (N,) int64, -1 where there are none. Raises OSError or ValueError for what it cannot read."""
+    """Decode a split: (N, 3, S, S) uint8, labels (N,) or -1. Raises OSError or ValueError."""
     if args.data in BUILT_IN:
         dataset = getattr(datasets, args.data.upper())
         try:
@@ -132,30 +131,31 @@ def load_split(args, split):
         except (OSError, RuntimeError) as error:
             raise OSError(f"{dataset.url}: {error}; see --data-dir and --data FOLDER") from error
     elif Path(args.data, split).is_dir():
-        names = [datasets.folder.find_classes(Path(args.data, s))[0] for s in ("train", split)]
-        if names[0] != names[1]:
+        if len({str(find_classes(Path(args.data, s))) for s in ("train", split)}) > 1:
             raise ValueError(f"--data {args.data}: {split}/ has other classes than train/")
         data = datasets.ImageFolder(Path(args.data, split)).samples  # data[i]: a path, its label
     else:
-        files, kinds = sorted(Path(args.data).rglob("*")), datasets.folder.IMG_EXTENSIONS
-        data = [(file, -1) for file in files if file.suffix.lower() in kinds]
+        files = sorted(Path(args.data).rglob("*"))
+        data = [(file, -1) for file in files if file.suffix.lower() in IMG_EXTENSIONS]
     if not data:
         raise FileNotFoundError(f"--data {args.data}: neither a folder of images nor {[*BUILT_IN]}")
     torch.manual_seed(args.seed)
     order = torch.randperm(len(data))[: args.subset].tolist()
     images = torch.empty(len(order), 3, args.size, args.size, dtype=torch.uint8)
+    labels = torch.empty(len(order), dtype=torch.int64)
 
-    def decode(i):
-        image, label = data[order[i]]
-        try:
-            image = image if args.data in BUILT_IN else datasets.folder.pil_loader(image)
-        except (OSError, SyntaxError) as error:
-            raise ValueError(f"cannot read {image}: {error}") from error
-        images[i] = TF.pil_to_tensor(TF.center_crop(TF.resize(image, args.size), args.size))
-        return label
+    def decode(part):
+        for i in part.tolist():
+            image, labels[i] = data[order[i]]
+            try:
+                image = image if args.data in BUILT_IN else pil_loader(image)
+            except (OSError, SyntaxError) as error:
+                raise ValueError(f"cannot read {image}: {error}") from error
+            images[i] = TF.pil_to_tensor(TF.center_crop(TF.resize(image, args.size), args.size))
 
-    with ThreadPoolExecutor() as pool:
-        return images, torch.tensor(list(pool.map(decode, range(len(order)))))
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # list() raises what a thread raised
+        list(pool.map(decode, torch.arange(len(order)).split(100)))
+    return images, labels
 
 
 # ------------------------------------------------------------------ 5. Monitoring

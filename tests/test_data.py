@@ -78,6 +78,14 @@ def test_a_folder_without_images_is_named(script, tmp_path, name):
         load(script, data=str(tmp_path / name), size=8)
 
 
+def test_other_classes_in_test_than_in_train(script, tmp_path):
+    for name in ("train/a", "train/b", "test/b"):
+        (tmp_path / name).mkdir(parents=True)
+        Image.new("RGB", (9, 9)).save(tmp_path / name / "x.png")
+    with pytest.raises(ValueError, match=r"test/ has other classes than train/"):
+        load(script, "test", data=str(tmp_path), size=8)
+
+
 def md5(path):
     return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
 

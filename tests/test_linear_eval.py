@@ -110,7 +110,7 @@ def test_architectures(arch, small_stem, tmp_path):
     ("content", "message"),
     [
         ([torch.ones(3)], "no conv1"),
-        (models.vit_b_16(image_size=32, num_layers=1).state_dict(), "no conv1"),
+        (models.VisionTransformer(32, 16, 1, 2, 16, 32).state_dict(), "no conv1"),
         (models.squeezenet1_1().state_dict(), "no conv1"),
         ({"epoch": 3}, "no conv1"),
     ],
@@ -165,8 +165,8 @@ def blobs(count, seed):
     generator = torch.Generator().manual_seed(seed)
     mix = torch.randn(64, 64, generator=torch.Generator().manual_seed(1))
     y = torch.arange(count) % 10
-    h = 0.55 * centers[y] @ mix + torch.randn(count, 64, generator=generator) @ mix.T
-    return (h * torch.logspace(-2, 2, 64) + 3).relu(), y
+    h = 0.22 * centers[y] @ mix + torch.randn(count, 64, generator=generator) @ mix.T
+    return (h * torch.logspace(-1, 1, 64) + 3).relu(), y
 
 
 def adam(h, y, test_h, test_y):
@@ -195,12 +195,22 @@ def test_lbfgs_does_not_fall_behind_adam():
     assert ours > theirs - 0.3
 
 
-def test_few_labels_want_a_strong_weight_decay():
+def test_nor_with_few_labels():
     (h, y), (test_h, test_y) = blobs(200, seed=2), blobs(5000, seed=3)
-    layer, weight_decay = linear_eval.linear_probe(h, y, torch.Generator().manual_seed(0))
+    layer, _ = linear_eval.linear_probe(h, y, torch.Generator().manual_seed(0))
     ours = 100 * (layer(test_h).argmax(1) == test_y).float().mean().item()
-    assert weight_decay >= 1e-2
-    assert ours > adam(h, y, test_h, test_y)
+    assert ours > adam(h, y, test_h, test_y) - 0.3
+
+
+def test_a_nearly_dead_feature_does_no_harm():
+    (h, y), (test_h, test_y) = blobs(1000, seed=2), blobs(5000, seed=3)
+    h[:, 0] = test_h[:, 0] = 0
+    h[0, 0] = 1e-4
+    layer, _ = linear_eval.linear_probe(h, y, torch.Generator().manual_seed(0))
+    before = (layer(test_h).argmax(1) == test_y).float().mean()
+    test_h[::2, 0] = 0.1
+    after = (layer(test_h).argmax(1) == test_y).float().mean()
+    assert before - after < 0.003
 
 
 def test_the_fit_is_a_minimum():
@@ -276,6 +286,13 @@ def test_saved_layer_works_on_raw_features(folder, tmp_path, capsys):
     assert printed == f"linear top-1: {100 * top1.float().mean():.2f}%"
     with pytest.raises(FileExistsError, match="--out"):
         probe(tmp_path / "network.pth", "--data", folder, "--out", out)
+
+
+def test_other_tensors_than_torchvisions_are_named(tmp_path):
+    state = build("resnet18")[0].state_dict()
+    torch.save(state | {"layer2.0.se.fc1.weight": torch.ones(4, 4)}, tmp_path / "saved.pth")
+    with pytest.raises(ValueError, match=r"layer2\.0\.se\.fc1\.weight"):
+        linear_eval.load_backbone(tmp_path / "saved.pth")
 
 
 def test_labels_are_needed(folder):
