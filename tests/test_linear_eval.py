@@ -137,7 +137,7 @@ def test_files_that_are_no_checkpoint(tmp_path):
     network, _, _ = build("resnet18")
     torch.save(network.state_dict(), path)
     whole = path.read_bytes()
-    harmful = pickle.dumps({"state_dict": Code(str(tmp_path / "harm"))})
+    harmful = pickle.dumps({"state_dict": Code(str(tmp_path / "harm"))}, protocol=2)
     for content in (b"", whole[: len(whole) // 2], b"hello\n", harmful):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"saved\.pth is no checkpoint of a ResNet"):
