@@ -63,7 +63,7 @@ def normalize(x):
 
 
 def augment(images, solarize=0.0):
-    """A random view of each image: (N, 3, S, S) uint8 -> normalized float32. solarize: its odds."""
+    """A random view of each: (N, 3, S, S) uint8 -> normalized float. solarize: probability."""
     x = random_resized_crop(images / 255)
     jitter, gray, blur, solar, *factors, turns = torch.rand(8, len(x), 1, 1, 1, device=x.device)
     jitter = jitter < 0.8  # all four of an image, or none
