@@ -15,18 +15,20 @@ cached features the result is about the same (dkobak/simclr-cifar10: 85.6 cached
 
 import argparse
 import math
+import os
 import pickle
 import re
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 import torchvision.transforms.v2.functional as TF
+from PIL import Image
 from torch import nn
 from torchvision import datasets
-from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, pil_loader
+from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 from torchvision.models import resnet
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels
@@ -55,9 +57,7 @@ def find_backbone(tensors):
         if match and tensor.shape[1:2] == (3,):
             prefix = match[1]
             names = {key.removeprefix(prefix): key for key in tensors if key.startswith(prefix)}
-            stages = {
-                int(n.split(".")[0]) for n in names if re.match(r"\d+\.0\.conv1", n)
-            }  # 4 to 7
+            stages = {int(n.split(".")[0]) for n in names if re.match(r"\d+\.0\.conv1", n)}
             children = {"0": "conv1", "1": "bn1"}
             children |= {str(n): f"layer{i}" for i, n in enumerate(sorted(stages), 1)}
             parts = [(name.partition("."), key) for name, key in names.items()]
@@ -126,7 +126,7 @@ def load_split(args, split):
         dataset = getattr(datasets, args.data.upper())
         try:
             part = split if args.data == "stl10" else split == "train"
-            data = dataset(args.data_dir, part, download=True)  # data[i]: an RGB image, its label
+            data = dataset(args.data_dir, part, download="RANK" not in os.environ)  # one process
         except (OSError, RuntimeError) as error:
             raise OSError(f"{dataset.url}: {error}; see --data-dir and --data FOLDER") from error
     elif Path(args.data, split).is_dir():
@@ -134,41 +134,33 @@ def load_split(args, split):
             raise ValueError(f"--data {args.data}: {split}/ has other classes than train/")
         data = datasets.ImageFolder(Path(args.data, split)).samples  # data[i]: a path, its label
     else:
-        files = sorted(Path(args.data).rglob("*"))
-        data = [(file, -1) for file in files if file.suffix.lower() in IMG_EXTENSIONS]
+        data = make_dataset(args.data, {"": -1}, IMG_EXTENSIONS, allow_empty=True)  # any depth
     if not data:
         raise FileNotFoundError(f"--data {args.data}: neither a folder of images nor {[*BUILT_IN]}")
     torch.manual_seed(args.seed)
     order = torch.randperm(len(data))[: args.subset].tolist()
-    images = torch.empty(len(order), 3, args.size, args.size, dtype=torch.uint8)
-    labels = torch.empty(len(order), dtype=torch.int64)
 
-    def decode(part):
-        for i in part.tolist():
-            image, labels[i] = data[order[i]]
-            try:
-                image = image if args.data in BUILT_IN else pil_loader(image)
-            except (OSError, SyntaxError) as error:
-                raise ValueError(f"cannot read {image}: {error}") from error
-            images[i] = TF.pil_to_tensor(TF.center_crop(TF.resize(image, args.size), args.size))
+    def decode(i):
+        im, label = data[i]  # the image, or its path
+        try:
+            im = im if args.data in BUILT_IN else Image.open(im)  # I;16: of 16 bits
+            im = (im.point(lambda v: v / 256) if im.mode == "I;16" else im).convert("RGB")
+        except (OSError, SyntaxError) as error:
+            raise ValueError(f"cannot read {data[i][0]}: {error}") from error
+        return TF.pil_to_tensor(TF.center_crop(TF.resize(im, args.size), args.size)), label
 
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # list() raises what a thread raised
-        list(pool.map(decode, torch.arange(len(order)).split(100)))
-    return images, labels
+    with ThreadPool(torch.get_num_threads()) as pool:
+        images, labels = zip(*pool.imap(decode, order, 100))  # by the hundred
+    return torch.stack(images), torch.tensor(labels)
 
 
 # ------------------------------------------------------------------ 3. Features and neighbors
-def normalize(x):
-    for c in range(3):  # by numbers: a tensor of them would have to be copied to the GPU
-        x[:, c].sub_(MEAN[c]).div_(STD[c])
-    return x
-
-
 @torch.no_grad()
 def extract_features(backbone, images, device):
     """The frozen backbone on the images as they are: (N, 3, S, S) uint8 -> (N, D) float32."""
     backbone.eval()
-    return torch.cat([backbone(normalize(x.to(device) / 255)) for x in images.split(500)])
+    parts = images.split(500)
+    return torch.cat([backbone(TF.normalize(x.to(device) / 255, MEAN, STD)) for x in parts])
 
 
 def knn_accuracy(train_h, train_y, test_h, test_y, k, temperature):
@@ -240,8 +232,16 @@ def main(argv=None):
     args = parse_args(argv)
     if args.out and Path(args.out).exists():
         raise FileExistsError(f"--out {args.out} exists: choose another name")
+    if args.out:
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)  # now, not after the work
     if not 0 < args.label_fraction <= 1:
         raise ValueError(f"--label-fraction {args.label_fraction} is not in 0 (excluded) to 1")
+    for name, least in (("size", 8), ("subset", 1)):
+        if vars(args)[name] is not None and vars(args)[name] < least:
+            raise ValueError(f"--{name} {vars(args)[name]} is less than {least}")
+    device = torch.device(args.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {device}: no GPU is available, take --device cpu")
     backbone, trained = load_backbone(args.checkpoint) if args.checkpoint else (None, {})
     args.data = args.data or trained.get("data", "cifar10")
     args.data_dir = args.data_dir or trained.get("data_dir", "data")
@@ -254,6 +254,8 @@ def main(argv=None):
     if backbone is None:
         backbone = build_backbone(resnet.BasicBlock, [2, 2, 2, 2], args.size <= 64)
     (train_x, train_y), (test_x, test_y) = load_split(args, "train"), load_split(args, "test")
+    if len(train_x) < (args.subset or 0):
+        raise ValueError(f"--subset {args.subset} is more than the {len(train_x)} images")
     if min(train_y.min(), test_y.min()) < 0:
         raise ValueError(f"--data {args.data}: no labels; needs train/<class>/ and test/<class>/")
     generator = torch.Generator().manual_seed(args.seed)
@@ -262,7 +264,6 @@ def main(argv=None):
         shuffled = [c[torch.randperm(len(c), generator=generator)] for c in classes]
         keep = torch.cat([c[: max(1, round(args.label_fraction * len(c)))] for c in shuffled])
         train_x, train_y = train_x[keep], train_y[keep]
-    device = torch.device(args.device)
     backbone.to(device, memory_format=torch.channels_last)
     train_h, test_h = (extract_features(backbone, x, device) for x in (train_x, test_x))
     train_y, test_y = train_y.to(device), test_y.to(device)
@@ -276,7 +277,6 @@ def main(argv=None):
     best = layer(test_h).topk(min(5, layer.out_features)).indices == test_y[:, None]  # (N, 5)
     print(f"linear top-5: {100 * best.any(1).float().mean():.2f}% (weight decay {weight_decay})")
     if args.out:
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         torch.save(layer.state_dict(), args.out)
     print(f"linear top-1: {100 * best[:, 0].float().mean():.2f}%")
 
@@ -284,6 +284,6 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except (OSError, ValueError) as error:  # one line instead of a traceback
-        print(f"{sys.argv[0]}: {error}", file=sys.stderr)
-        sys.exit(2)
+    except (OSError, ValueError, torch.OutOfMemoryError) as error:  # one line, no traceback
+        hint = "; try --device cpu" if isinstance(error, torch.OutOfMemoryError) else ""
+        argparse.ArgumentParser().exit(2, f"{sys.argv[0]}: {error}{hint}\n")

@@ -9,26 +9,29 @@
 
 Pushing all other images of the batch away prevents collapse; a larger batch offers more of them.
 
-    python simclr.py                        # learn from CIFAR-10 without its labels
-    python linear_eval.py runs/simclr/checkpoint.pt
+    python simclr.py && python linear_eval.py runs/simclr/checkpoint.pt
 
 Differs from the paper (App. B.9, CIFAR-10): ResNet-18, 100 epochs instead of 1000, SGD with weight
 decay 5e-4 and no warm-up instead of LARS with 1e-6, crops from 0.2 of the area instead of 0.08.
 """
 
 import argparse
+import io
 import math
+import os
+import signal
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 import torchvision.transforms.v2.functional as TF
+from PIL import Image
 from torch import nn
 from torchvision import datasets, models, ops, utils
-from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, pil_loader
+from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels
 BUILT_IN = {"cifar10": 32, "cifar100": 32, "stl10": 96}  # data sets and the side of their images
@@ -40,7 +43,7 @@ def random_resized_crop(x):
     """A box of each image, half of them mirrored, stretched to its size: x (N, 3, S, S), in 0-1."""
     size = x.shape[-1]
     area = torch.empty(len(x), 10, 1, device=x.device).uniform_(0.2, 1) * size**2  # ten tries
-    ratio = torch.empty_like(area).uniform_(math.log(3 / 4), math.log(4 / 3)).exp()
+    ratio = (4 / 3) ** torch.empty_like(area).uniform_(-1, 1)  # of width to height, 3/4 to 4/3
     extent = torch.cat([area * ratio, area / ratio], 2).sqrt().round()  # (N, 10, 2) width, height
     first = (extent <= size).all(2, keepdim=True).float().argmax(1, keepdim=True)  # to fit
     extent = extent.take_along_dim(first, 1).transpose(1, 2).clamp(max=size)  # (N, 2, 1) pixels
@@ -53,18 +56,11 @@ def random_resized_crop(x):
     return F.grid_sample(x, grid, align_corners=False)
 
 
-def normalize(x):
-    for c in range(3):  # by numbers: a tensor of them would have to be copied to the GPU
-        x[:, c].sub_(MEAN[c]).div_(STD[c])
-    return x
-
-
 def augment(images):
     """A random view of each image, normalized: (N, 3, S, S) uint8 -> float32. SimSiam Sec. 3."""
     x = random_resized_crop(images / 255)
     jitter, gray, blur, *factors, turns = torch.rand(7, len(x), 1, 1, 1, device=x.device)
-    jitter = jitter < 0.8  # all four of an image, or none
-    factors = [1 + jitter * 0.4 * (2 * f - 1) for f in factors]  # three of (N, 1, 1, 1)
+    factors = [1 + (jitter < 0.8) * 0.4 * (2 * f - 1) for f in factors]  # of an image all or none
     for i in torch.randperm(4).tolist():
         if i < 3:  # brightness, contrast, saturation: blend with black, mean gray, the gray image
             luma = TF.rgb_to_grayscale(x)  # (N, 1, S, S)
@@ -74,14 +70,14 @@ def augment(images):
             value, top = x.max(1, keepdim=True)  # (N, 1, S, S), and which channel it is
             chroma = value - x.amin(1, keepdim=True)
             offset = (x.roll(-1, 1) - x.roll(-2, 1)).gather(1, top)  # g - b, b - r or r - g
-            hue = 2 * top + offset / chroma.clamp(min=1e-8) + jitter * 0.6 * (2 * turns - 1)
+            hue = 2 * top + offset / chroma.clamp(min=1e-8) + (jitter < 0.8) * 0.6 * (2 * turns - 1)
             hue = (hue + 5 - 2 * torch.arange(3, device=x.device).view(3, 1, 1)) % 6  # (N, 3, S, S)
             x = value - chroma * torch.minimum(hue, 4 - hue).clamp(0, 1)  # HSV to RGB
     x = torch.where(gray < 0.2, TF.rgb_to_grayscale(x), x)
     if x.shape[-1] > 64:  # smaller images stay sharp; kernel: a tenth of the side
         sigma = 0.1 + 1.9 * torch.rand(()).item()  # one for all, drawn on the CPU
         x = torch.where(blur < 0.5, TF.gaussian_blur(x, x.shape[-1] // 20 * 2 + 1, sigma), x)
-    return normalize(x)
+    return torch.stack([(c - m) / s for c, m, s in zip(x.unbind(1), MEAN, STD)], 1)
 
 
 # ------------------------------------------------------------------ 2. Model
@@ -98,12 +94,18 @@ def build_backbone(arch, size):
 # ------------------------------------------------------------------ 3. Loss and method
 def nt_xent(z1, z2, temperature):
     """Eq. (1), mean over all 2B views: z1, z2 (B, dim), row i of both a positive pair -> scalar."""
-    z = F.normalize(torch.cat([z1, z2]).float(), dim=1)  # (2B, dim)
+    z = F.normalize(torch.cat([z1, z2]).float())  # (2B, dim)
+    if torch.distributed.is_initialized():  # the other ranks' views are negatives too
+        parts = [torch.empty_like(z) for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather(parts, z.detach())
+        own = z.detach() + len(parts) * (z - z.detach())  # gradient times ranks, as DDP averages it
+        parts[torch.distributed.get_rank()] = own
+        z = torch.cat(parts)  # (2B, dim), B of all ranks
     with torch.autocast(z.device.type, enabled=False):
         logits = z @ z.T / temperature  # (2B, 2B) cosine similarities
     logits.fill_diagonal_(-torch.inf)  # no view is its own negative: k != i
-    positives = torch.arange(len(z), device=z.device).roll(len(z1))  # (2B,) the other view's row
-    return F.cross_entropy(logits, positives)
+    rows = torch.arange(len(z), device=z.device).view(-1, 2, len(z1))  # ranks, views, images
+    return F.cross_entropy(logits, rows.flip(1).flatten())  # to pick: the other view's row
 
 
 class SimCLR(nn.Module):
@@ -127,7 +129,7 @@ def load_split(args, split):
         dataset = getattr(datasets, args.data.upper())
         try:
             part = split if args.data == "stl10" else split == "train"
-            data = dataset(args.data_dir, part, download=True)  # data[i]: an RGB image, its label
+            data = dataset(args.data_dir, part, download="RANK" not in os.environ)  # one process
         except (OSError, RuntimeError) as error:
             raise OSError(f"{dataset.url}: {error}; see --data-dir and --data FOLDER") from error
     elif Path(args.data, split).is_dir():
@@ -135,52 +137,40 @@ def load_split(args, split):
             raise ValueError(f"--data {args.data}: {split}/ has other classes than train/")
         data = datasets.ImageFolder(Path(args.data, split)).samples  # data[i]: a path, its label
     else:
-        files = sorted(Path(args.data).rglob("*"))
-        data = [(file, -1) for file in files if file.suffix.lower() in IMG_EXTENSIONS]
+        data = make_dataset(args.data, {"": -1}, IMG_EXTENSIONS, allow_empty=True)  # any depth
     if not data:
         raise FileNotFoundError(f"--data {args.data}: neither a folder of images nor {[*BUILT_IN]}")
     torch.manual_seed(args.seed)
     order = torch.randperm(len(data))[: args.subset].tolist()
-    images = torch.empty(len(order), 3, args.size, args.size, dtype=torch.uint8)
-    labels = torch.empty(len(order), dtype=torch.int64)
 
-    def decode(part):
-        for i in part.tolist():
-            image, labels[i] = data[order[i]]
-            try:
-                image = image if args.data in BUILT_IN else pil_loader(image)
-            except (OSError, SyntaxError) as error:
-                raise ValueError(f"cannot read {image}: {error}") from error
-            images[i] = TF.pil_to_tensor(TF.center_crop(TF.resize(image, args.size), args.size))
+    def decode(i):
+        im, label = data[i]  # the image, or its path
+        try:
+            im = im if args.data in BUILT_IN else Image.open(im)  # I;16: of 16 bits
+            im = (im.point(lambda v: v / 256) if im.mode == "I;16" else im).convert("RGB")
+        except (OSError, SyntaxError) as error:
+            raise ValueError(f"cannot read {data[i][0]}: {error}") from error
+        return TF.pil_to_tensor(TF.center_crop(TF.resize(im, args.size), args.size)), label
 
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # list() raises what a thread raised
-        list(pool.map(decode, torch.arange(len(order)).split(100)))
-    return images, labels
+    with ThreadPool(torch.get_num_threads()) as pool:
+        images, labels = zip(*pool.imap(decode, order, 100))  # by the hundred
+    return torch.stack(images), torch.tensor(labels)
 
 
 # ------------------------------------------------------------------ 5. Monitoring
 @torch.no_grad()
 def knn_accuracy(backbone, train, test, device, k=200, temperature=0.1):
-    """Top-1 in % of the k nearest training images' vote, weighted by exp(cosine / temperature), on
-    backbone features: Wu et al. 2018, Sec. 3.4. train, test: (N, 3, S, S) uint8, labels (N,)."""
+    """Top-1 in %, Wu et al. 2018, Sec. 3.4. train, test: images (N, 3, S, S), labels (N,)."""
     backbone.eval()
-
-    def embed(x):
-        return F.normalize(backbone(normalize(x.to(device) / 255)), dim=1)  # (1000, D)
-
-    bank, labels, hits = torch.cat([embed(x) for x in train[0].split(1000)]), train[1].to(device), 0
-    for x, y in zip(test[0].split(1000), test[1].split(1000)):
-        cosine, nearest = (embed(x) @ bank.T).topk(min(k, len(bank)))  # (1000, k)
-        votes = torch.zeros(len(x), int(labels.max()) + 1, device=device)  # (1000, classes)
-        votes.scatter_add_(1, labels[nearest], (cosine / temperature).exp())
-        hits += (votes.argmax(1).cpu() == y).sum().item()
+    chunks = [*train[0].split(500), *test[0].split(500)]
+    h = [F.normalize(backbone(TF.normalize(x.to(device) / 255, MEAN, STD))) for x in chunks]
+    bank, queries = torch.cat(h).split([len(train[0]), len(test[0])])  # (N, D)
+    labels, votes = F.one_hot(train[1]).float().to(device), []  # (N, classes)
+    for q in queries.split(500):
+        cosine, nearest = (q @ bank.T).topk(min(k, len(bank)))  # (500, k)
+        votes.append(torch.einsum("qk,qkc->qc", (cosine / temperature).exp(), labels[nearest]))
     backbone.train()
-    return 100 * hits / len(test[1])
-
-
-def spread(z):
-    """The collapse meter of Fig. 2, times sqrt(D): z (B, D) -> 0 (constant) to 1 (isotropic)."""
-    return F.normalize(z.float(), dim=1).std(0).mean() * z.shape[1] ** 0.5
+    return 100 * (torch.cat(votes).argmax(1).cpu() == test[1]).float().mean().item()
 
 
 # ------------------------------------------------------------------ 6. Training
@@ -202,85 +192,107 @@ def parse_args(argv=None):
     add("--resume", action="store_true", help="go on from the checkpoint in --out")
     add("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile")
     add("--temperature", type=float, default=0.5, help="tau of Eq. (1)")
-    args = parser.parse_args(argv)
-    args.size = args.size or BUILT_IN.get(args.data, 32)
+    args = parser.parse_args(argv, argparse.Namespace(method="SimCLR"))
+    args.size = BUILT_IN.get(args.data, 32) if args.size is None else args.size
+    for name, least in (("size", 8), ("subset", 1), ("epochs", 1), ("batch_size", 2), ("lr", 0)):
+        if vars(args)[name] is not None and vars(args)[name] < least:
+            raise ValueError(f"--{name.replace('_', '-')} {vars(args)[name]} is less than {least}")
     return args
 
 
 def main(argv=None):
     args = parse_args(argv)
-    device, out = torch.device(args.device), Path(args.out)
+    device, out, safe = torch.device(args.device), Path(args.out), 0  # safe: the last epoch saved
     if (out / "checkpoint.pt").exists() and not args.resume:
         raise FileExistsError(f"{out} holds a checkpoint: go on with --resume, or change --out")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {device}: no GPU is available, take --device cpu")
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
     torch.backends.cudnn.benchmark = torch.backends.cudnn.allow_tf32 = True
     train = load_split(args, "train")
     images = load_split(args, "unlabeled")[0] if args.data == "stl10" else train[0]
     labeled = train[1][0] >= 0 and (args.data in BUILT_IN or Path(args.data, "test").is_dir())
-    test = load_split(args, "test") if labeled else None
-    print(f"{len(images)} images of {args.size} px" + ("" if test else ", no labels: kNN is off"))
+    test = load_split(args, "test") if labeled and rank == 0 else None
+    steps = len(images) // args.batch_size  # an epoch; the rest of the images sit this one out
+    if steps == 0 or args.batch_size % world or len(images) < (args.subset or 0):
+        raise ValueError(f"{len(images)} images, {world} ranks: change --batch-size or --subset")
+    model = SimCLR(build_backbone(args.arch, args.size), temperature=args.temperature)
+    if world > 1:  # under torchrun: a process for each GPU, which works on its part of every batch
+        torch.distributed.init_process_group()
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) if device.type == "cuda" else -1)
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model) if device.type == "cuda" else model
+    model.to(device, memory_format=torch.channels_last)
+    network = torch.compile(model) if args.compile else model
+    network = nn.parallel.DistributedDataParallel(network) if world > 1 else network
     fits = device.type != "cuda" or images.nbytes < torch.cuda.mem_get_info(device)[0] / 2
     images = images.to(device) if fits else images
-    steps = len(images) // args.batch_size  # an epoch; the rest of the images sit this one out
-    if steps == 0:
-        raise ValueError(f"--batch-size {args.batch_size} is more than the {len(images)} images")
-    torch.manual_seed(args.seed)
-    model = SimCLR(build_backbone(args.arch, args.size), temperature=args.temperature)
-    model.to(device, memory_format=torch.channels_last)
-    lr, start, log = args.lr * args.batch_size / 256, 0, []
-    optimizer = torch.optim.SGD(model.parameters(), lr, 0.9, weight_decay=args.weight_decay)
+    peak, log, saved = args.lr * args.batch_size / 256, [], time.time()
+    optimizer = torch.optim.SGD(model.parameters(), peak, 0.9, weight_decay=args.weight_decay)
     if args.resume:
         state = torch.load(out / "checkpoint.pt", map_location=device, weights_only=True)
+        for name in ("method", "arch", "size", "batch_size", "seed", "subset"):
+            if state["args"][name] != vars(args)[name]:
+                raise ValueError(f"{name} {vars(args)[name]}: {out} has {state['args'][name]}")
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        start, log = state["epoch"], state["log"]
-    if args.compile:
-        model.compile()
-    out.mkdir(parents=True, exist_ok=True)
-    x = images[:8].to(device)
-    views = torch.stack([normalize(x / 255), augment(x), augment(x)], 1).flatten(0, 1)
-    views = TF.normalize(views, [-m / s for m, s in zip(MEAN, STD)], [1 / s for s in STD])
-    utils.save_image(F.interpolate(views, size=128), out / "views.png", nrow=3, padding=8)
-    began = saved = time.time()
-    for epoch in range(start + 1, args.epochs + 1):
+        safe, log = state["epoch"], state["log"]
+    if rank == 0:
+        print(f"{len(images)} images of {args.size} px{'' if test else ', no labels: kNN is off'}")
+        out.mkdir(parents=True, exist_ok=True)
+        x = images[:8].to(device)
+        v = torch.stack([TF.normalize(x / 255, MEAN, STD), augment(x), augment(x)], 1)
+        v = TF.normalize(v, [-m / s for m, s in zip(MEAN, STD)], [1 / s for s in STD])
+        utils.save_image(F.interpolate(v.flatten(0, 1), 128), out / "views.png", nrow=3, padding=8)
+        stop = argparse.ArgumentParser().exit  # prints a line to standard error and ends
+        for n in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C, and what schedulers send
+            signal.signal(n, lambda n, _: stop(128 + n, f"{safe} epochs are safe, see --resume\n"))
+    for epoch in range(safe + 1, args.epochs + 1):
         torch.manual_seed(args.seed * 1_000_000 + epoch)  # so a resumed run draws the same
-        order = torch.randperm(len(images))[: steps * args.batch_size].view(steps, -1)
+        order = torch.randperm(len(images))[: steps * args.batch_size].view(steps, world, -1)
+        torch.manual_seed((args.seed * 1_000_000 + epoch) * 1000 + rank)  # every rank other views
         total, epoch_began = torch.zeros((), device=device), time.time()
-        for step, batch in enumerate(order.to(images.device), (epoch - 1) * steps):
-            anneal = (1 + math.cos(math.pi * step / (args.epochs * steps))) / 2  # from 1 to 0
-            for group in optimizer.param_groups:
-                group["lr"] = lr * anneal
+        for step, batch in enumerate(order[:, rank].to(images.device), (epoch - 1) * steps):
+            done = (step + 0.5) / (args.epochs * steps)  # the share of the run
+            anneal = (1 + math.cos(math.pi * done)) / 2  # from 1 to 0
+            optimizer.param_groups[0]["lr"] = lr = peak * anneal
             x = images[batch] if fits else images[batch].pin_memory().to(device, non_blocking=True)
             x1, x2 = augment(x), augment(x)
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                loss, z1 = model(x1, x2)
+                loss, z1 = network(x1, x2)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             total += loss.detach()  # not .item(): the host would wait for the GPU
-            if sys.stderr.isatty():
+            if sys.stderr.isatty() and rank == 0:
                 print(f"step {step % steps + 1}/{steps}", end="\r", file=sys.stderr, flush=True)
-        loss, z_spread = torch.stack([total / steps, spread(z1.detach())]).tolist()
-        row = {"epoch": epoch, "loss": loss, "spread": z_spread, "kNN": "", "lr": group["lr"]}
+        deviation = F.normalize(z1.detach().float()).std(0).mean() * z1.shape[1] ** 0.5  # Fig. 2
+        loss, spread = torch.stack([total / steps, deviation]).tolist()  # spread 0: collapsed
+        if not math.isfinite(loss):
+            raise ValueError(f"epoch {epoch}: the loss is {loss}: lower --lr; {safe} epochs saved")
+        if rank > 0:
+            continue
+        row = {"epoch": epoch, "loss": loss, "spread": spread, "kNN": "", "lr": lr}
         row["images/s"] = steps * args.batch_size / (time.time() - epoch_began)
         if test and epoch * 10 // args.epochs > (epoch - 1) * 10 // args.epochs:  # ten times a run
             row["kNN"] = knn_accuracy(model.backbone, train, test, device)
-        row["minutes left"] = (time.time() - began) / 60 * (args.epochs - epoch) / (epoch - start)
+        row["minutes left"] = (args.epochs - epoch) * (time.time() - epoch_began) / 60
         line = [f"{name} {x:.4g} " for name, x in row.items() if x != ""]
-        print(*line, "" if z_spread >= 0.1 else "collapsed?", flush=True)
+        print(*line, "" if spread >= 0.1 else "collapsed?", flush=True)
         log.append(",".join(map(str, row.values())))
         (out / "log.csv").write_text("\n".join([",".join(row), *log]) + "\n")
         if epoch == args.epochs or time.time() - saved >= SAVE_SECONDS:
             state = {"backbone": model.backbone.state_dict(), "model": model.state_dict()}
             state |= {"optimizer": optimizer.state_dict(), "epoch": epoch, "args": vars(args)}
-            torch.save(state | {"log": log}, out / "checkpoint.tmp")
+            torch.save(state | {"log": log}, buffer := io.BytesIO())
+            (out / "checkpoint.tmp").write_bytes(buffer.getvalue())  # on a full disk an OSError
             (out / "checkpoint.tmp").replace(out / "checkpoint.pt")  # never half a checkpoint
-            saved = time.time()
-    print(f"now: python linear_eval.py {out}/checkpoint.pt")
+            safe, saved = epoch, time.time()
+            print(f"saved, to measure: python linear_eval.py {out}/checkpoint.pt", flush=True)
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (OSError, ValueError) as error:  # one line instead of a traceback
-        print(f"{sys.argv[0]}: {error}", file=sys.stderr)
-        sys.exit(2)
+    except (OSError, ValueError, torch.OutOfMemoryError) as error:  # one line, no traceback
+        hint = "; lower --batch-size" if isinstance(error, torch.OutOfMemoryError) else ""
+        argparse.ArgumentParser().exit(2, f"{sys.argv[0]}: {error}{hint}\n")

@@ -1,6 +1,7 @@
 """What the tests share: the scripts as modules, a small image folder, a run of each script."""
 
 import importlib
+import signal
 import sys
 from pathlib import Path
 
@@ -10,8 +11,18 @@ from torchvision.utils import save_image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-METHODS = ("simsiam", "byol", "simclr")
+METHODS = {"simsiam": "SimSiam", "byol": "BYOL", "simclr": "SimCLR"}  # file: class
 CLASSES = {"red": 0, "green": 1, "blue": 2}
+
+
+@pytest.fixture(autouse=True)
+def keep_signal_handlers():
+    """A run sets its own for Ctrl-C and SIGTERM; give pytest's back."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before):
+        signal.signal(number, handler)
 
 
 @pytest.fixture(params=METHODS)

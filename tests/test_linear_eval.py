@@ -282,7 +282,12 @@ def test_saved_layer_works_on_raw_features(folder, tmp_path, capsys):
     args = linear_eval.parse_args(["--data", str(folder), "--size", "8"])
     images, labels = linear_eval.load_split(args, "test")
     with torch.no_grad():
-        top1 = network(linear_eval.normalize(images / 255)).argmax(1) == labels
+        top1 = (
+            network(
+                linear_eval.TF.normalize(images / 255, linear_eval.MEAN, linear_eval.STD)
+            ).argmax(1)
+            == labels
+        )
     assert printed == f"linear top-1: {100 * top1.float().mean():.2f}%"
     with pytest.raises(FileExistsError, match="--out"):
         probe(tmp_path / "network.pth", "--data", folder, "--out", out)
