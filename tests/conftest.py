@@ -15,6 +15,16 @@ METHODS = {"simsiam": "SimSiam", "byol": "BYOL", "simclr": "SimCLR"}  # file: cl
 CLASSES = {"red": 0, "green": 1, "blue": 2}
 
 
+class Small(torch.nn.Sequential):
+    """Stands in for a ResNet where only the loop is of interest: (B, 3, S, S) -> (B, 4)."""
+
+    inplanes = 4
+
+    def __init__(self, *_):
+        pool, linear = torch.nn.AdaptiveAvgPool2d(1), torch.nn.Linear(3, 4)
+        super().__init__(pool, torch.nn.Flatten(), linear, torch.nn.BatchNorm1d(4))
+
+
 @pytest.fixture(autouse=True)
 def keep_signal_handlers():
     """A run sets its own for Ctrl-C and SIGTERM; give pytest's back."""

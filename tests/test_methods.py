@@ -2,16 +2,22 @@
 
 import copy
 import math
+import os
+import shutil
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision.transforms.v2.functional as TF
+from conftest import METHODS
 from torch import nn
 
 import byol
 import simclr
 import simsiam
+
+COMPILER = shutil.which(os.environ.get("CXX", "c++")) and sys.platform != "win32"
 
 
 class TinyBackbone(nn.Sequential):
@@ -151,6 +157,65 @@ def test_byol_moving_average(decay):
     assert all(torch.equal(a, b) for a, b in zip(online, kept))
 
 
+LOSSES = {
+    "SimSiam": lambda p, z: simsiam.negative_cosine(p, z),
+    "SimSiam without stop-gradient": lambda p, z: simsiam.negative_cosine(p, z, stop_grad=False),
+    "BYOL": byol.regression_loss,
+    "SimCLR": lambda z1, z2: simclr.nt_xent(z1, z2, 0.5),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_gradients_of_the_losses_against_finite_differences(name, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "float", lambda x: x)  # the losses' own is float32
+    torch.manual_seed(0)
+    a = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    b = torch.randn(5, 4, dtype=torch.float64, requires_grad=name != "SimSiam")
+    assert torch.autograd.gradcheck(LOSSES[name], (a, b))
+
+
+def test_losses_are_float32_of_bfloat16_input():
+    torch.manual_seed(0)
+    a, b = torch.randn(64, 32).bfloat16(), torch.randn(64, 32).bfloat16()
+    for loss in LOSSES.values():
+        assert loss(a, b).dtype == torch.float32
+        torch.testing.assert_close(loss(a, b), loss(a.float(), b.float()), rtol=1e-6, atol=1e-6)
+
+
+def test_simsiam_does_not_care_which_view_comes_first_nor_for_scale():
+    model, (x1, x2) = tiny(simsiam.SimSiam), views()
+    torch.testing.assert_close(model(x1, x2)[0], model(x2, x1)[0])
+    torch.manual_seed(0)
+    p, z = torch.randn(6, 5), torch.randn(6, 5)
+    loss = simsiam.negative_cosine(p, z)
+    torch.testing.assert_close(simsiam.negative_cosine(3 * p, 0.2 * z), loss)
+    assert not torch.allclose(simsiam.negative_cosine(p + 1, z), loss)
+
+
+@pytest.mark.parametrize("decay", [0.0, 1.0])
+def test_byol_with_decay_1_never_moves_its_target_with_0_copies(decay):
+    model, (x1, x2) = tiny(byol.BYOL), views()
+    start = [p.clone() for p in model.target.parameters()]
+    optimizer = torch.optim.SGD(model.parameters(), 0.5, 0.9)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(x1, x2)[0].backward()
+        optimizer.step()
+        model.update_target(decay)
+    online = [*model.backbone.parameters(), *model.projector.parameters()]
+    assert not all(torch.equal(a, b) for a, b in zip(start, online))
+    expected = start if decay == 1 else online
+    assert all(torch.equal(a, b) for a, b in zip(model.target.parameters(), expected))
+
+
+@pytest.mark.skipif(not COMPILER, reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize("method", [simsiam.SimSiam, byol.BYOL, simclr.SimCLR])
+def test_compiled_the_first_loss_is_the_same(method):
+    model, (x1, x2) = tiny(method), views()
+    compiled = torch.compile(copy.deepcopy(model))
+    torch.testing.assert_close(compiled(x1, x2)[0], model(x1, x2)[0], rtol=0, atol=1e-3)
+
+
 def test_simclr_forward_is_nt_xent_of_the_projections():
     model, (x1, x2) = tiny(simclr.SimCLR, temperature=0.2), views()
     loss, z1 = model(x1, x2)
@@ -160,8 +225,7 @@ def test_simclr_forward_is_nt_xent_of_the_projections():
 
 
 def test_default_widths_are_the_recipes(script):
-    method = {"simsiam": "SimSiam", "byol": "BYOL", "simclr": "SimCLR"}[script.__name__]
-    model = getattr(script, method)(script.build_backbone("resnet18", 32))
+    model = getattr(script, METHODS[script.__name__])(script.build_backbone("resnet18", 32))
     shapes = {
         "simsiam": [(2048, 512), (2048, 2048), (512, 2048), (2048, 512)],
         "byol": [(4096, 512), (256, 4096), (4096, 256), (256, 4096)],

@@ -8,19 +8,9 @@ import sys
 
 import pytest
 import torch
-from conftest import METHODS, ROOT
+from conftest import METHODS, ROOT, Small
 from PIL import Image
 from torchvision import models
-
-
-class Small(torch.nn.Sequential):
-    """Stands in for a ResNet where only the loop is of interest: (B, 3, S, S) -> (B, 4)."""
-
-    inplanes = 4
-
-    def __init__(self, *_):
-        pool, linear = torch.nn.AdaptiveAvgPool2d(1), torch.nn.Linear(3, 4)
-        super().__init__(pool, torch.nn.Flatten(), linear, torch.nn.BatchNorm1d(4))
 
 
 def run_script(name, *flags, cwd=ROOT):
@@ -81,39 +71,6 @@ def test_an_earlier_run_is_not_written_over(script, runs, arguments):
     with pytest.raises(FileExistsError, match=r"--resume.*--out"):
         script.main([*arguments, "--out", str(out)])
     assert (out / "checkpoint.pt").stat().st_mtime_ns == before
-
-
-def test_resume_goes_on_where_the_run_stopped(script, arguments, tmp_path, monkeypatch, capsys):
-    """Stopped in the third of four epochs, resumed: the same weights, log and learning rates."""
-    monkeypatch.setattr(script, "SAVE_SECONDS", 0)
-    monkeypatch.setattr(script, "build_backbone", Small)
-    arguments = [*arguments, "--epochs", "4"]
-    script.main([*arguments, "--out", str(tmp_path / "straight")])
-    out, augment, calls = tmp_path / "broken", script.augment, []
-
-    def stop(*images, **options):
-        calls.append(1)
-        if len(calls) > 2 + 2 * 3 * 2 + 2:  # views.png, two epochs of three steps, one step
-            raise KeyboardInterrupt
-        return augment(*images, **options)
-
-    monkeypatch.setattr(script, "augment", stop)
-    with pytest.raises(KeyboardInterrupt):
-        script.main([*arguments, "--out", str(out)])
-    monkeypatch.setattr(script, "augment", augment)
-    capsys.readouterr()
-    script.main([*arguments, "--out", str(out), "--resume"])
-    printed = capsys.readouterr().out.splitlines()
-    assert [line.split()[1] for line in printed if line.startswith("epoch")] == ["3", "4"]
-    states = [torch.load(tmp_path / name / "checkpoint.pt") for name in ("straight", "broken")]
-    for name, t in states[0]["model"].items():
-        assert torch.equal(t, states[1]["model"][name]), name
-    logs = []
-    for name in ("straight", "broken"):
-        with open(tmp_path / name / "log.csv", newline="") as file:
-            keep = ("epoch", "loss", "spread", "kNN", "lr")
-            logs.append([[row[key] for key in keep] for row in csv.DictReader(file)])
-    assert logs[0] == logs[1]
 
 
 def test_knn_runs_ten_times_at_even_distances(script, folder, tmp_path, monkeypatch):

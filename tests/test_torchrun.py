@@ -9,22 +9,29 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import METHODS, ROOT
+from conftest import ROOT, Small
+from torch import nn
+
+import simclr
 
 FLAGS = "--size 8 --batch-size 16 --device cpu"
-# What each rank runs: the script's main, then every rank leaves its own weights behind.
+# What each rank runs: the main of the three scripts, then leave its own weights behind.
 DRIVER = """
 import importlib, os, sys
 import torch
-name, kind, folder = sys.argv[1:4]
-script, models = importlib.import_module(name), []
-class Spy(getattr(script, kind)):
-    def __init__(self, *args, **options):
-        super().__init__(*args, **options)
-        models.append(self)
-setattr(script, kind, Spy)
-script.main(sys.argv[4:])
-torch.save(models[0].state_dict(), f"{folder}/rank{os.environ['RANK']}.pt")
+from conftest import METHODS, Small
+begin = torch.distributed.init_process_group
+torch.distributed.init_process_group = lambda: torch.distributed.is_initialized() or begin()
+for name, kind in METHODS.items():
+    script, models = importlib.import_module(name), []
+    class Spy(getattr(script, kind)):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            models.append(self)
+    setattr(script, kind, Spy)
+    script.build_backbone = Small
+    script.main([*sys.argv[2:], "--out", f"{sys.argv[1]}/{name}"])
+    torch.save(models[0].state_dict(), f"{sys.argv[1]}/{name}{os.environ['RANK']}.pt")
 """
 NT_XENT = """
 import os, sys
@@ -47,7 +54,7 @@ torch.save([loss.detach(), *gradients], f"{sys.argv[1]}/rank{rank}.pt")
 
 def torchrun(*command, processes=2):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/tests", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [*launcher, f"--nproc_per_node={processes}", *map(str, command)],
         env=environment,
@@ -63,38 +70,51 @@ def finish(process):
     return out
 
 
-@pytest.mark.parametrize(("method", "kind"), METHODS.items())
-def test_two_ranks_train_as_one_and_one_process_goes_on(method, kind, folder, tmp_path):
-    driver, out = tmp_path / "driver.py", tmp_path / "run"
-    driver.write_text(DRIVER)
-    flags = f"--data {folder} {FLAGS} --out {out}".split()
-    printed = finish(torchrun(driver, method, kind, tmp_path, *flags, "--epochs", "2"))
-    assert printed.count("epoch 1 ") == printed.count("epoch 2 ") == 1
-    assert sorted(path.name for path in out.iterdir()) == ["checkpoint.pt", "log.csv", "views.png"]
-    states = [torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1)]
-    trained = [name for name in states[0] if not name.endswith(("_mean", "_var", "_tracked"))]
-    assert [name for name in trained if not torch.equal(states[0][name], states[1][name])] == []
-    saved = torch.load(out / "checkpoint.pt")["model"]
-    assert all(torch.equal(saved[name], states[0][name]) for name in saved)
-    # one process resumes what two have begun
-    command = [sys.executable, str(ROOT / f"{method}.py"), *flags, "--epochs", "3", "--resume"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=200)
-    assert result.returncode == 0, result.stderr
-    epochs = [line.split()[1] for line in result.stdout.splitlines() if line[:6] == "epoch "]
-    assert epochs == ["3"]
+@pytest.fixture(scope="module")
+def two_ranks(folder, tmp_path_factory):
+    """The folder in which two ranks have trained each script for two epochs."""
+    out = tmp_path_factory.mktemp("ranks")
+    (out / "driver.py").write_text(DRIVER)
+    flags = f"{out} --data {folder} {FLAGS} --epochs 2".split()
+    printed = finish(torchrun(out / "driver.py", *flags))
+    assert printed.count("epoch 1 ") == printed.count("epoch 2 ") == 3
+    return out
+
+
+def test_two_ranks_leave_one_run_and_hold_equal_weights(script, two_ranks):
+    name = script.__name__
+    files = sorted(path.name for path in (two_ranks / name).iterdir())
+    assert files == ["checkpoint.pt", "log.csv", "views.png"]
+    states = [torch.load(two_ranks / f"{name}{rank}.pt") for rank in (0, 1)]
+    trained = [key for key in states[0] if not key.endswith(("_mean", "_var", "_tracked"))]
+    assert len(trained) >= 8
+    assert [key for key in trained if not torch.equal(states[0][key], states[1][key])] == []
+    saved = torch.load(two_ranks / name / "checkpoint.pt")["model"]
+    assert all(torch.equal(saved[key], states[0][key]) for key in saved)
+    means = [states[rank]["backbone.3.running_mean"] for rank in (0, 1)]
+    assert not torch.equal(*means)  # so the two have seen different images
+
+
+def test_one_process_goes_on_where_two_have_stopped(script, two_ranks, folder, monkeypatch, capsys):
+    monkeypatch.setattr(script, "build_backbone", Small)
+    flags = f"--data {folder} {FLAGS} --epochs 3 --out {two_ranks / script.__name__}".split()
+    script.main([*flags, "--resume"])
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in printed if line[:6] == "epoch "] == ["3"]
 
 
 def test_nt_xent_on_two_ranks_equals_one_process(tmp_path):
     driver = tmp_path / "driver.py"
     driver.write_text(NT_XENT)
-    results = []
-    for processes in (1, 2):
-        finish(torchrun(driver, tmp_path, processes=processes))
-        results += [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(processes)]
-    single, first, second = results
-    for a, b, c in zip(single, first, second):
-        torch.testing.assert_close(b, a, atol=1e-5, rtol=0)
-        torch.testing.assert_close(c, a, atol=1e-5, rtol=0)
+    finish(torchrun(driver, tmp_path))
+    torch.manual_seed(0)
+    network, x1, x2 = nn.Linear(12, 6), torch.randn(8, 12), torch.randn(8, 12)
+    loss = simclr.nt_xent(network(x1), network(x2), 0.5)
+    loss.backward()
+    single = [loss.detach(), *(p.grad for p in network.parameters())]
+    for rank in (0, 1):
+        for a, b in zip(single, torch.load(tmp_path / f"rank{rank}.pt")):
+            torch.testing.assert_close(b, a, atol=1e-5, rtol=0)
     assert single[1].abs().max() > 1e-3  # a gradient that is all zero would prove nothing
 
 

@@ -1,0 +1,339 @@
+"""A night's work is not lost, and bad input ends in one sentence, not in a traceback."""
+
+import csv
+import importlib
+import os
+import pickle
+import re
+import resource
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import METHODS, ROOT, Small
+from PIL import Image
+from torchvision import models
+
+
+@pytest.fixture
+def quick(script, folder, monkeypatch):
+    """run(*flags): the script's main with a tiny backbone."""
+    monkeypatch.setattr(script, "build_backbone", Small)
+    flags = f"--data {folder} --size 8 --epochs 1 --batch-size 16 --device cpu".split()
+    return lambda *more: script.main([*flags, *map(str, more)])
+
+
+def start(method, tmp_path, *flags):
+    """The script as a process, which saves after every epoch."""
+    copy = tmp_path / f"{method}.py"
+    text = (ROOT / f"{method}.py").read_text()
+    assert "\nSAVE_SECONDS = 60 " in text
+    copy.write_text(text.replace("\nSAVE_SECONDS = 60 ", "\nSAVE_SECONDS = 0 "))
+    command = [sys.executable, str(copy), *map(str, flags)]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=tmp_path)
+
+
+def wait_for(process, text):
+    for line in process.stdout:
+        if text in line:
+            return
+    raise AssertionError(process.stderr.read())
+
+
+def log_rows(out):
+    with open(out / "log.csv", newline="") as file:
+        keep = ("epoch", "loss", "spread", "kNN", "lr")
+        return [[row[key] for key in keep] for row in csv.DictReader(file)]
+
+
+def test_killed_in_the_third_of_four_epochs_then_resumed(
+    script, folder, tmp_path, monkeypatch, capsys
+):
+    """Equal to four epochs straight: weights, optimizer and log, to the bit."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(script, "SAVE_SECONDS", 0)
+    flags = f"--data {folder} --size 8 --epochs 4 --batch-size 48 --device cpu --out".split()
+    broken = start(script.__name__, tmp_path, *flags, "broken")
+    wait_for(broken, "epoch 2 ")
+    wait_for(broken, "saved")
+    broken.kill()
+    assert broken.wait() == -signal.SIGKILL
+    assert torch.load("broken/checkpoint.pt")["epoch"] == 2
+    script.main([*flags, "straight"])
+    capsys.readouterr()
+    script.main([*flags, "broken", "--resume"])
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in printed if line[:6] == "epoch "] == ["3", "4"]
+    a, b = (torch.load(f"{run}/checkpoint.pt") for run in ("straight", "broken"))
+    assert [
+        name for name in a["model"] if not torch.equal(a["model"][name], b["model"][name])
+    ] == []
+    momentum = [state["optimizer"]["state"] for state in (a, b)]
+    assert len(momentum[0]) > 50
+    for i, buffers in momentum[0].items():
+        assert torch.equal(buffers["momentum_buffer"], momentum[1][i]["momentum_buffer"])
+    assert a["optimizer"]["param_groups"] == b["optimizer"]["param_groups"]
+    assert log_rows(tmp_path / "straight") == log_rows(tmp_path / "broken")
+    assert len(log_rows(tmp_path / "broken")) == 4
+
+
+@pytest.mark.parametrize(
+    ("method", "number"),
+    [("simsiam", signal.SIGINT), ("byol", signal.SIGTERM), ("simclr", signal.SIGTERM)],
+)
+def test_signals_end_with_one_line(method, number, folder, tmp_path):
+    flags = f"--data {folder} --size 8 --epochs 999 --batch-size 16 --device cpu --out run".split()
+    process = start(method, tmp_path, *flags)
+    wait_for(process, "epoch 1 ")
+    wait_for(process, "saved")
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert len(err.splitlines()) == 1
+    epoch = torch.load(tmp_path / "run" / "checkpoint.pt")["epoch"]
+    assert err == f"{epoch} epochs are safe, see --resume\n"
+
+
+def test_a_full_disk_leaves_the_earlier_checkpoint(quick, tmp_path):
+    out = tmp_path / "run"
+    quick("--out", out)
+    before = (out / "checkpoint.pt").read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            quick("--out", out, "--epochs", 2, "--resume")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (out / "checkpoint.pt").read_bytes() == before
+    quick("--out", out, "--epochs", 2, "--resume")
+    assert [row[0] for row in log_rows(out)] == ["1", "2"]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(script, quick, tmp_path, monkeypatch):
+    out, augment = tmp_path / "run", script.augment
+    quick("--out", out)
+    before = (out / "checkpoint.pt").read_bytes()
+    monkeypatch.setattr(script, "augment", lambda x, *_, **__: augment(x) * float("nan"))
+    with pytest.raises(ValueError, match="epoch 2: the loss is nan: lower --lr; 1 epochs saved"):
+        quick("--out", out, "--epochs", 3, "--resume")
+    assert (out / "checkpoint.pt").read_bytes() == before
+    assert len(log_rows(out)) == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--arch", "resnet34"], "arch resnet34: .* has resnet18"),
+        (["--size", 12], "size 12: .* has 8"),
+        (["--batch-size", 24], "batch_size 24: .* has 16"),
+        (["--seed", 5], "seed 5: .* has 0"),
+    ],
+)
+def test_resume_refuses_another_run(quick, flags, message, tmp_path):
+    quick("--out", tmp_path / "run")
+    before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
+    with pytest.raises(ValueError, match=message):
+        quick("--out", tmp_path / "run", "--epochs", 2, "--resume", *flags)
+    assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
+
+
+def test_resume_refuses_another_method(quick, script, runs):
+    other = "byol" if script.__name__ != "byol" else "simclr"
+    kinds = f"method {METHODS[script.__name__]}: .* has {METHODS[other]}"
+    with pytest.raises(ValueError, match=kinds):
+        quick("--out", runs / other, "--resume")
+
+
+def test_resume_with_more_epochs_takes_the_new_schedule(quick, tmp_path):
+    quick("--out", tmp_path / "run", "--epochs", 2)
+    quick("--out", tmp_path / "run", "--epochs", 4, "--resume")
+    rates = [float(row[4]) for row in log_rows(tmp_path / "run")]
+    assert rates[2] > 2 * rates[1]  # of four epochs the third is in the middle, not at the end
+    assert rates[3] < rates[2] / 2
+
+
+BAD_FLAGS = {
+    "nowhere": (["--data", "{tmp}/nowhere"], "{tmp}/nowhere: neither a folder of images nor"),
+    "a file": (["--data", "{tmp}/file.txt"], "{tmp}/file.txt: neither a folder of images nor"),
+    "no image": (["--data", "{tmp}/empty"], "{tmp}/empty: neither a folder of images nor"),
+    "truncated": (["--data", "{tmp}/truncated"], "cannot read {tmp}/truncated/x.png"),
+    "zero bytes": (["--data", "{tmp}/zero"], "cannot read {tmp}/zero/x.png"),
+    "text": (["--data", "{tmp}/text"], "cannot read {tmp}/text/x.png"),
+    "few images": (["--batch-size", "49"], "48 images, 1 ranks: change --batch-size"),
+    "other classes": (["--data", "{tmp}/classes"], "test/ has other classes than train/"),
+    "batch 0": (["--batch-size", "0"], "--batch-size 0 is less than 2"),
+    "epochs 0": (["--epochs", "0"], "--epochs 0 is less than 1"),
+    "size 7": (["--size", "7"], "--size 7 is less than 8"),
+    "size 0": (["--size", "0"], "--size 0 is less than 8"),
+    "lr -1": (["--lr", "-1"], "--lr -1.0 is less than 0"),
+    "subset 0": (["--subset", "0"], "--subset 0 is less than 1"),
+    "subset 49": (["--subset", "49"], "48 images, 1 ranks: change --batch-size or --subset"),
+    "out in a file": (["--out", "{tmp}/file.txt/run"], "{tmp}/file.txt"),
+    "nothing to resume": (["--resume"], "No such file or directory: '{tmp}/run/checkpoint.pt'"),
+}
+
+
+@pytest.fixture
+def bad(tmp_path):
+    """A folder with everything that BAD_FLAGS names."""
+    (tmp_path / "file.txt").write_text("text")
+    (tmp_path / "empty").mkdir()
+    good = tmp_path / "good.png"
+    torch.manual_seed(0)
+    pixels = torch.randint(0, 256, (64, 64, 3), dtype=torch.uint8)
+    Image.fromarray(pixels.numpy()).save(good)
+    damaged = {"truncated": good.read_bytes()[:5000], "zero": b"", "text": b"hello"}
+    for name, content in damaged.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.png").write_bytes(content)
+    for name in ("train/a", "train/b", "test/a", "test/c"):
+        (tmp_path / "classes" / name).mkdir(parents=True)
+        shutil.copy(good, tmp_path / "classes" / name)
+    return tmp_path
+
+
+@pytest.mark.parametrize("case", BAD_FLAGS)
+def test_bad_input_is_named(case, script, folder, bad):
+    """In the process, where it is an exception; nothing is written."""
+    flags, message = BAD_FLAGS[case]
+    flags = [flag.format(tmp=bad) for flag in flags]
+    usual = f"--data {folder} --size 8 --epochs 1 --batch-size 2 --device cpu --out {bad / 'run'}"
+    with pytest.raises((OSError, ValueError)) as error:
+        script.main([*usual.split(), *flags])
+    assert message.format(tmp=bad) in str(error.value)
+    assert not (bad / "run").exists()
+
+
+def test_cuda_where_there_is_none(script, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="--device cuda: no GPU is available, take --device cpu"):
+        script.main(["--data", str(folder), "--device", "cuda", "--out", str(tmp_path / "run")])
+
+
+def test_train_without_test_trains_and_says_so(quick, folder, tmp_path, capsys):
+    shutil.copytree(folder / "train", tmp_path / "data" / "train")
+    quick("--data", tmp_path / "data", "--out", tmp_path / "run")
+    printed = capsys.readouterr().out
+    assert "48 images of 8 px, no labels: kNN is off" in printed
+    assert "kNN " not in printed.split("\n", 1)[1]
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGB", "RGBA", "P", "CMYK", "I;16"])
+def test_every_mode_of_image_is_read(mode, script, tmp_path):
+    if mode == "I;16":
+        image = Image.new("I;16", (9, 9), 200 * 256)
+    else:
+        image = Image.new("RGB", (9, 9), (200, 200, 200)).convert(mode)
+    path = tmp_path / ("ein Bild, größer.tif" if mode == "CMYK" else "ein Bild, größer.png")
+    image.save(path)
+    images, _ = script.load_split(
+        script.parse_args(["--data", str(tmp_path), "--size", "8"]), "train"
+    )
+    level = images[0, 0, 4, 4].item()
+    assert level in range(195, 206)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3000, 20), (20, 3000)])
+def test_images_of_odd_sizes_are_read(size, script, tmp_path):
+    Image.new("RGB", size, (10, 20, 30)).save(tmp_path / "x.png")
+    images, _ = script.load_split(
+        script.parse_args(["--data", str(tmp_path), "--size", "8"]), "train"
+    )
+    assert images[0, :, 3, 5].tolist() == [10, 20, 30]
+
+
+@pytest.mark.parametrize("name", [*METHODS, "linear_eval"])
+def test_out_of_gpu_memory_is_one_line(name, folder, tmp_path, monkeypatch, capsys):
+    def fail(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(torch.nn.Module, "to", fail)
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--data", str(folder), "--size", "8"])
+    if name != "linear_eval":
+        sys.argv += ["--batch-size", "16", "--out", str(tmp_path / "run")]
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / f"{name}.py"), run_name="__main__")
+    assert end.value.code == 2
+    err = capsys.readouterr().err
+    assert len(err.splitlines()) == 1
+    assert ("--device cpu" if name == "linear_eval" else "--batch-size") in err
+
+
+class Harmful:
+    """Unpickled without care it would leave a file behind."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (os.mkdir, (str(self.path),))
+
+
+def vit():
+    return {"conv_proj.weight": torch.zeros(768, 3, 16, 16), "class_token": torch.zeros(1, 1, 768)}
+
+
+def resnet(change):
+    state = models.resnet18().state_dict()
+    change(state)
+    return state
+
+
+BAD_CHECKPOINTS = {
+    "a ViT": (vit, "is no checkpoint of a ResNet"),
+    "a bare list": (lambda: [torch.zeros(3)], "is no checkpoint of a ResNet"),
+    "a tensor missing": (
+        lambda: resnet(lambda s: s.pop("layer3.1.conv2.weight")),
+        "layer3.1.conv2.weight is missing",
+    ),
+    "a tensor of the wrong shape": (
+        lambda: resnet(lambda s: s.update({"layer2.0.conv1.weight": torch.zeros(128, 32, 3, 3)})),
+        "layer2.0.conv1.weight is (128, 32, 3, 3)",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CHECKPOINTS)
+def test_bad_checkpoints_are_named(case, folder, tmp_path):
+    make, message = BAD_CHECKPOINTS[case]
+    torch.save(make(), tmp_path / "x.pt")
+    with pytest.raises(ValueError, match=re.escape(f"{tmp_path}/x.pt") + ".*" + re.escape(message)):
+        importlib.import_module("linear_eval").main([str(tmp_path / "x.pt"), "--data", str(folder)])
+
+
+def test_a_pickle_that_would_run_code_does_not(folder, tmp_path):
+    (tmp_path / "x.pt").write_bytes(pickle.dumps({"state_dict": Harmful(tmp_path / "harm")}))
+    torch.save({"state_dict": Harmful(tmp_path / "harm")}, tmp_path / "y.pt")
+    for name in ("x.pt", "y.pt"):
+        with pytest.raises(ValueError, match=name):
+            importlib.import_module("linear_eval").main([str(tmp_path / name)])
+    assert not (tmp_path / "harm").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["{tmp}/nowhere.pt"], "{tmp}/nowhere.pt"),
+        (["--size", "7"], "--size 7 is less than 8"),
+        (["--subset", "0"], "--subset 0 is less than 1"),
+        (["--subset", "49"], "--subset 49 is more than the 48 images"),
+        (["--label-fraction", "0"], "--label-fraction 0.0 is not in"),
+        (["--out", "{tmp}/file.txt"], "--out {tmp}/file.txt exists"),
+        (["--out", "{tmp}/file.txt/layer.pt"], "{tmp}/file.txt"),
+        (["--data", "{tmp}/classes"], "test/ has other classes than train/"),
+        (["--data", "{tmp}/truncated"], "cannot read {tmp}/truncated/x.png"),
+        (["--data", "{tmp}/nowhere"], "{tmp}/nowhere: neither a folder of images nor"),
+    ],
+)
+def test_bad_flags_of_linear_eval(flags, message, folder, bad):
+    flags = [flag.format(tmp=bad) for flag in flags]
+    usual = ["--data", str(folder), "--size", "8", "--device", "cpu"]
+    with pytest.raises((OSError, ValueError)) as error:
+        importlib.import_module("linear_eval").main([*usual, *flags])
+    assert message.format(tmp=bad) in str(error.value)
