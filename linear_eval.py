@@ -14,11 +14,13 @@ cached features the result is about the same (dkobak/simclr-cifar10: 85.6 cached
 """
 
 import argparse
+import io
 import math
 import os
 import pickle
 import re
 import sys
+import warnings
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -49,8 +51,8 @@ def flatten(tree, prefix=""):
 
 
 def find_backbone(tensors):
-    """Where a ResNet is: {its name in torchvision: its name in tensors}, or of several the one that
-    is no momentum network and the least nested. Raises ValueError if there is none."""
+    """{torchvision's name: name in tensors} of the ResNet in them, {} if there is none; of several
+    the least nested that is no averaged copy (EMA, target, teacher)."""
     found, copies = [], re.compile(r"(?i)mom|target|teacher|key|avg|(^|[._])(ema|k|m)([._]|$)")
     for name, tensor in tensors.items():
         match = re.fullmatch(r"(.*?)(conv1|0)\.weight", name)  # 0: child of an nn.Sequential
@@ -64,9 +66,7 @@ def find_backbone(tensors):
             names = {children.get(head, head) + dot + rest: key for (head, dot, rest), key in parts}
             if "layer4.0.conv1.weight" in names:
                 found.append((bool(copies.search(prefix)), prefix.count("."), names))
-    if not found:
-        raise ValueError("no conv1 (or 0) of 3 channels in it with layer1 to layer4 beside it")
-    return min(found, key=lambda candidate: candidate[:2])[2]
+    return min(found, key=lambda candidate: candidate[:2])[2] if found else {}
 
 
 def build_backbone(block, depths, small_stem, **widths):
@@ -85,14 +85,18 @@ def load_backbone(path):
     Block, depths, widths and stem are read off the shapes: a 3x3 conv1 means the stem for small
     images. Raises FileNotFoundError, and ValueError where a tensor is missing or does not fit.
     """
+    damage = (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError, TypeError)
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             saved = torch.load(path, map_location="cpu", weights_only=True)  # runs no code from it
-        tensors = flatten(saved if isinstance(saved, dict) else {})
-        names = find_backbone(tensors)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
-        reason = str(error).split("\n")[0]
-        raise ValueError(f"{path} is no checkpoint of a ResNet: {reason}") from error
+    except (*damage, AssertionError, AttributeError) as error:
+        reason = f"cannot be read ({type(error).__name__}): damaged, or not only tensors in it"
+        raise ValueError(f"{path} {reason}") from error
+    tensors = flatten(saved if isinstance(saved, dict) else {})
+    names = find_backbone(tensors)
+    if not names:
+        raise ValueError(f"{path} is no checkpoint of a ResNet: no conv1 beside layer1 to layer4")
     shapes = {name: tensors[key].shape for name, key in names.items()}
     depths = [0, 0, 0, 0]
     for block in (re.match(r"layer([1-4])\.(\d+)\.", name) for name in shapes):
@@ -121,12 +125,12 @@ def load_backbone(path):
 
 # ------------------------------------------------------------------ 2. Data
 def load_split(args, split):
-    """Decode a split: (N, 3, S, S) uint8, labels (N,) or -1. Raises OSError or ValueError."""
+    """Decode a split: (N, 3, S, S) uint8, labels (N,), -1: none. Raises OSError or ValueError."""
     if args.data in BUILT_IN:
         dataset = getattr(datasets, args.data.upper())
         try:
             part = split if args.data == "stl10" else split == "train"
-            data = dataset(args.data_dir, part, download="RANK" not in os.environ)  # one process
+            data = dataset(args.data_dir, part, download="RANK" not in os.environ)  # not torchrun
         except (OSError, RuntimeError) as error:
             raise OSError(f"{dataset.url}: {error}; see --data-dir and --data FOLDER") from error
     elif Path(args.data, split).is_dir():
@@ -143,9 +147,9 @@ def load_split(args, split):
     def decode(i):
         im, label = data[i]  # the image, or its path
         try:
-            im = im if args.data in BUILT_IN else Image.open(im)  # I;16: of 16 bits
-            im = (im.point(lambda v: v / 256) if im.mode == "I;16" else im).convert("RGB")
-        except (OSError, SyntaxError) as error:
+            im = im if args.data in BUILT_IN else Image.open(im)  # then 16 bits to 8, to RGB
+            im = (im.point(lambda v: v / 256) if im.mode[:4] == "I;16" else im).convert("RGB")
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise ValueError(f"cannot read {data[i][0]}: {error}") from error
         return TF.pil_to_tensor(TF.center_crop(TF.resize(im, args.size), args.size)), label
 
@@ -191,8 +195,8 @@ def fit_linear(h, y, weight_decay, layer):
 
 
 def linear_probe(h, y, generator):
-    """Fit to features h (N, D) and labels y (N,): the linear layer, which takes raw features, and
-    the weight decay chosen for it."""
+    """Fit to features h (N, D), not standardized, and labels y (N,) -> the linear layer for such
+    features, and the weight decay chosen for it."""
     mean, std = h.mean(0), h.std(0).clamp(min=0.01 * h.std().item() + 1e-12)  # also of dead ones
     h = (h - mean) / std
     order = torch.randperm(len(h), generator=generator).to(h.device)
@@ -219,11 +223,11 @@ def parse_args(argv=None):
     add("checkpoint", nargs="?", help="any saved ResNet; without it an untrained one, the floor")
     add("--data", help="cifar10, cifar100, stl10, or a folder with train/<class>/, test/<class>/")
     add("--data-dir", help="where the built-in sets are, or get downloaded")
-    add("--size", type=int, help="side of the images; default of these three: as in training")
+    add("--size", type=int, help="side of the images in pixels; all three: default as in training")
     add("--subset", type=int, help="use that many images of each split, drawn with the seed")
     add("--label-fraction", type=float, default=1.0, help="fit on that share of each class")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
-    add("--seed", type=int, default=0, help="of the split, the subset and the untrained network")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"])
+    add("--seed", type=int, default=0, help="of held-out tenth, subset and untrained network")
     add("--out", help="save the layer there: nn.Linear's state_dict, for raw features")
     return parser.parse_args(argv)
 
@@ -266,6 +270,8 @@ def main(argv=None):
         train_x, train_y = train_x[keep], train_y[keep]
     backbone.to(device, memory_format=torch.channels_last)
     train_h, test_h = (extract_features(backbone, x, device) for x in (train_x, test_x))
+    if not (train_h.isfinite().all() and test_h.isfinite().all()):
+        raise ValueError(f"{args.checkpoint}: its features are not finite, nor is the network")
     train_y, test_y = train_y.to(device), test_y.to(device)
     counts = f"{len(train_h)} train and {len(test_h)} test images of {args.size} px"
     print(f"{counts}, {train_h.shape[1]} features")
@@ -276,9 +282,10 @@ def main(argv=None):
     layer, weight_decay = linear_probe(train_h, train_y, generator)
     best = layer(test_h).topk(min(5, layer.out_features)).indices == test_y[:, None]  # (N, 5)
     print(f"linear top-5: {100 * best.any(1).float().mean():.2f}% (weight decay {weight_decay})")
-    if args.out:
-        torch.save(layer.state_dict(), args.out)
     print(f"linear top-1: {100 * best[:, 0].float().mean():.2f}%")
+    if args.out:
+        torch.save(layer.state_dict(), buffer := io.BytesIO())
+        Path(args.out).write_bytes(buffer.getvalue())  # on a full disk an OSError
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@
         L = D(p1, z2) / 2 + D(p2, z1) / 2   # D(p, z) = -cosine(p, stopgrad(z))
         update f and h by the gradient of L
 
-Nothing pushes two images apart: it takes both h and stopgrad to keep z from being equal for all.
+Nothing pushes two images apart: without h, or without stopgrad, z collapses to one for all images.
 
     python simsiam.py && python linear_eval.py runs/simsiam/checkpoint.pt
 
@@ -39,16 +39,16 @@ SAVE_SECONDS = 60  # at least, from one checkpoint to the next
 
 # ------------------------------------------------------------------ 1. Augmentation
 def random_resized_crop(x):
-    """A box of each image, half of them mirrored, stretched to its size: x (N, 3, S, S), in 0-1."""
+    """A random box of each image, resized to S x S, half of them mirrored: x (N, 3, S, S), 0-1."""
     size = x.shape[-1]
     area = torch.empty(len(x), 10, 1, device=x.device).uniform_(0.2, 1) * size**2  # ten tries
     ratio = (4 / 3) ** torch.empty_like(area).uniform_(-1, 1)  # of width to height, 3/4 to 4/3
     extent = torch.cat([area * ratio, area / ratio], 2).sqrt().round()  # (N, 10, 2) width, height
-    first = (extent <= size).all(2, keepdim=True).float().argmax(1, keepdim=True)  # to fit
+    first = (extent <= size).all(2, keepdim=True).float().argmax(1, keepdim=True)  # that fits
     extent = extent.take_along_dim(first, 1).transpose(1, 2).clamp(max=size)  # (N, 2, 1) pixels
     corner = (torch.rand_like(extent) * (size - extent + 1)).floor()  # (N, 2, 1) upper left
     centers = (torch.arange(size, device=x.device) + 0.5) / size  # (S,) of a view's pixels, 0-1
-    inside = (centers * extent).clamp(min=0.5).minimum(extent - 0.5)  # the box: (N, 2, S)
+    inside = (centers * extent).clamp(min=0.5).minimum(extent - 0.5)  # (N, 2, S) in the box
     u, v = (2 * (corner + inside) / size - 1).unbind(1)  # (N, S) each, the image spans -1 to 1
     u = torch.where(torch.rand(len(x), 1, device=x.device) < 0.5, u.flip(1), u)
     grid = torch.stack(torch.broadcast_tensors(u[:, None, :], v[:, :, None]), 3)  # (N, S, S, 2)
@@ -56,16 +56,16 @@ def random_resized_crop(x):
 
 
 def augment(images):
-    """A random view of each image, normalized: (N, 3, S, S) uint8 -> float32. SimSiam Sec. 3."""
+    """A random view of each image, normalized: (N, 3, S, S) uint8 -> float32. SimSiam App. A."""
     x = random_resized_crop(images / 255)
     jitter, gray, blur, *factors, turns = torch.rand(7, len(x), 1, 1, 1, device=x.device)
-    factors = [1 + (jitter < 0.8) * 0.4 * (2 * f - 1) for f in factors]  # of an image all or none
+    factors = [1 + (jitter < 0.8) * 0.4 * (2 * f - 1) for f in factors]  # a fifth: all are 1
     for i in torch.randperm(4).tolist():
         if i < 3:  # brightness, contrast, saturation: blend with black, mean gray, the gray image
             luma = TF.rgb_to_grayscale(x)  # (N, 1, S, S)
             other = (torch.zeros_like(luma), luma.mean((2, 3), keepdim=True), luma)[i]
             x = torch.lerp(other, x, factors[i]).clamp(0, 1)
-        else:  # hue: in sixths of the circle (r at 0, g 2, b 4), turned by up to 0.6, a tenth of it
+        else:  # hue in HSV: of a full turn of 6 (r at 0, g 2, b 4) up to a tenth, 0.6, is added
             value, top = x.max(1, keepdim=True)  # (N, 1, S, S), and which channel it is
             chroma = value - x.amin(1, keepdim=True)
             offset = (x.roll(-1, 1) - x.roll(-2, 1)).gather(1, top)  # g - b, b - r or r - g
@@ -103,12 +103,12 @@ class SimSiam(nn.Module):
     def __init__(self, backbone, dim=2048, bottleneck=512, stop_grad=True):
         super().__init__()
         self.backbone, self.stop_grad = backbone, stop_grad
-        mlp = ops.MLP(backbone.inplanes, [dim, dim], norm_layer=nn.BatchNorm1d)  # last: no norm
+        mlp = ops.MLP(backbone.inplanes, [dim, dim], norm_layer=nn.BatchNorm1d)  # no last BN
         self.projector = nn.Sequential(mlp, nn.BatchNorm1d(dim, affine=False))
         self.predictor = ops.MLP(dim, [bottleneck, dim], norm_layer=nn.BatchNorm1d)
 
     def forward(self, x1, x2):
-        """Two views (B, 3, S, S) -> the loss, Eq. (4), and z1 (B, dim)."""
+        """Two views (B, 3, S, S) -> the loss, Eq. (4), and z1 (B, dim), to watch for collapse."""
         z1, z2 = self.projector(self.backbone(x1)), self.projector(self.backbone(x2))  # (B, dim)
         p1, p2 = self.predictor(z1), self.predictor(z2)  # (B, dim)
         d1, d2 = negative_cosine(p1, z2, self.stop_grad), negative_cosine(p2, z1, self.stop_grad)
@@ -117,12 +117,12 @@ class SimSiam(nn.Module):
 
 # ------------------------------------------------------------------ 4. Data
 def load_split(args, split):
-    """Decode a split: (N, 3, S, S) uint8, labels (N,) or -1. Raises OSError or ValueError."""
+    """Decode a split: (N, 3, S, S) uint8, labels (N,), -1: none. Raises OSError or ValueError."""
     if args.data in BUILT_IN:
         dataset = getattr(datasets, args.data.upper())
         try:
             part = split if args.data == "stl10" else split == "train"
-            data = dataset(args.data_dir, part, download="RANK" not in os.environ)  # one process
+            data = dataset(args.data_dir, part, download="RANK" not in os.environ)  # not torchrun
         except (OSError, RuntimeError) as error:
             raise OSError(f"{dataset.url}: {error}; see --data-dir and --data FOLDER") from error
     elif Path(args.data, split).is_dir():
@@ -139,9 +139,9 @@ def load_split(args, split):
     def decode(i):
         im, label = data[i]  # the image, or its path
         try:
-            im = im if args.data in BUILT_IN else Image.open(im)  # I;16: of 16 bits
-            im = (im.point(lambda v: v / 256) if im.mode == "I;16" else im).convert("RGB")
-        except (OSError, SyntaxError) as error:
+            im = im if args.data in BUILT_IN else Image.open(im)  # then 16 bits to 8, to RGB
+            im = (im.point(lambda v: v / 256) if im.mode[:4] == "I;16" else im).convert("RGB")
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise ValueError(f"cannot read {data[i][0]}: {error}") from error
         return TF.pil_to_tensor(TF.center_crop(TF.resize(im, args.size), args.size)), label
 
@@ -153,8 +153,8 @@ def load_split(args, split):
 # ------------------------------------------------------------------ 5. Monitoring
 @torch.no_grad()
 def knn_accuracy(backbone, train, test, device, k=200, temperature=0.1):
-    """Top-1 in %, Wu et al. 2018, Sec. 3.4. train, test: images (N, 3, S, S), labels (N,)."""
-    backbone.eval()
+    """Top-1 in %: the k nearest in train vote. train, test: images (N, 3, S, S), labels (N,)."""
+    backbone.eval()  # Wu et al. 2018, Sec. 3.4
     chunks = [*train[0].split(500), *test[0].split(500)]
     h = [F.normalize(backbone(TF.normalize(x.to(device) / 255, MEAN, STD))) for x in chunks]
     bank, queries = torch.cat(h).split([len(train[0]), len(test[0])])  # (N, D)
@@ -173,22 +173,22 @@ def parse_args(argv=None):
     add("--data", default="cifar10", help="cifar10, cifar100, stl10, or a folder of images")
     add("--data-dir", default="data", help="where the built-in sets are, or get downloaded")
     add("--size", type=int, help="side of the images in pixels, None: the set's, for a folder 32")
-    add("--subset", type=int, help="use that many images, drawn with the seed")
+    add("--subset", type=int, help="use that many images of each split, drawn with the seed")
     add("--arch", default="resnet18", choices=["resnet18", "resnet34", "resnet50"], help="backbone")
     add("--epochs", type=int, default=100, help="passes over the images")
     add("--batch-size", type=int, default=512, help="images a step, each in two views")
     add("--lr", type=float, default=0.03, help="learning rate per 256 images of the batch")
     add("--weight-decay", type=float, default=5e-4, help="L2 penalty")
     add("--seed", type=int, default=0, help="of weights, order and augmentation")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"])
     add("--out", default=f"runs/{Path(__file__).stem}", help="folder of the run")
-    add("--resume", action="store_true", help="go on from the checkpoint in --out")
+    add("--resume", action="store_true", help="go on from --out; give the other flags as before")
     add("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile")
     add("--stop-grad", action=argparse.BooleanOptionalAction, default=True, help="off: collapse")
     args = parser.parse_args(argv, argparse.Namespace(method="SimSiam"))
     args.size = BUILT_IN.get(args.data, 32) if args.size is None else args.size
     for name, least in (("size", 8), ("subset", 1), ("epochs", 1), ("batch_size", 2), ("lr", 0)):
-        if vars(args)[name] is not None and vars(args)[name] < least:
+        if vars(args)[name] is not None and not vars(args)[name] >= least:  # nor NaN
             raise ValueError(f"--{name.replace('_', '-')} {vars(args)[name]} is less than {least}")
     return args
 
@@ -201,6 +201,9 @@ def main(argv=None):
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {device}: no GPU is available, take --device cpu")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
+    stop = argparse.ArgumentParser().exit  # prints a line to standard error and ends
+    for n in (signal.SIGINT, signal.SIGTERM) if rank == 0 else ():  # Ctrl-C, and schedulers' kill
+        signal.signal(n, lambda n, _: stop(128 + n, f"{safe} epochs saved, go on with --resume\n"))
     torch.backends.cudnn.benchmark = torch.backends.cudnn.allow_tf32 = True
     train = load_split(args, "train")
     images = load_split(args, "unlabeled")[0] if args.data == "stl10" else train[0]
@@ -208,7 +211,7 @@ def main(argv=None):
     test = load_split(args, "test") if labeled and rank == 0 else None
     steps = len(images) // args.batch_size  # an epoch; the rest of the images sit this one out
     if steps == 0 or args.batch_size % world or len(images) < (args.subset or 0):
-        raise ValueError(f"{len(images)} images, {world} ranks: change --batch-size or --subset")
+        raise ValueError(f"only {len(images)} images: lower --subset or --batch-size ({world} x n)")
     model = SimSiam(build_backbone(args.arch, args.size), stop_grad=args.stop_grad)
     if world > 1:  # under torchrun: a process for each GPU, which works on its part of every batch
         torch.distributed.init_process_group()
@@ -223,22 +226,19 @@ def main(argv=None):
     optimizer = torch.optim.SGD(model.parameters(), peak, 0.9, weight_decay=args.weight_decay)
     if args.resume:
         state = torch.load(out / "checkpoint.pt", map_location=device, weights_only=True)
-        for name in ("method", "arch", "size", "batch_size", "seed", "subset"):
-            if state["args"][name] != vars(args)[name]:
-                raise ValueError(f"{name} {vars(args)[name]}: {out} has {state['args'][name]}")
+        for name, value in [i for i in vars(args).items() if i not in state["args"].items()]:
+            if name not in ("lr", "epochs", "device", "data_dir", "out", "resume", "compile"):
+                raise ValueError(f"{out} has {name} {state['args'].get(name)}, not {value}")
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         safe, log = state["epoch"], state["log"]
     if rank == 0:
-        print(f"{len(images)} images of {args.size} px{'' if test else ', no labels: kNN is off'}")
+        print(f"{len(images)} images of {args.size} px{'' if test else ', no test labels: no kNN'}")
         out.mkdir(parents=True, exist_ok=True)
         x = images[:8].to(device)
         v = torch.stack([TF.normalize(x / 255, MEAN, STD), augment(x), augment(x)], 1)
         v = TF.normalize(v, [-m / s for m, s in zip(MEAN, STD)], [1 / s for s in STD])
         utils.save_image(F.interpolate(v.flatten(0, 1), 128), out / "views.png", nrow=3, padding=8)
-        stop = argparse.ArgumentParser().exit  # prints a line to standard error and ends
-        for n in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C, and what schedulers send
-            signal.signal(n, lambda n, _: stop(128 + n, f"{safe} epochs are safe, see --resume\n"))
     for epoch in range(safe + 1, args.epochs + 1):
         torch.manual_seed(args.seed * 1_000_000 + epoch)  # so a resumed run draws the same
         order = torch.randperm(len(images))[: steps * args.batch_size].view(steps, world, -1)
@@ -258,12 +258,12 @@ def main(argv=None):
             total += loss.detach()  # not .item(): the host would wait for the GPU
             if sys.stderr.isatty() and rank == 0:
                 print(f"step {step % steps + 1}/{steps}", end="\r", file=sys.stderr, flush=True)
-        deviation = F.normalize(z1.detach().float()).std(0).mean() * z1.shape[1] ** 0.5  # Fig. 2
-        loss, spread = torch.stack([total / steps, deviation]).tolist()  # spread 0: collapsed
-        if not math.isfinite(loss):
-            raise ValueError(f"epoch {epoch}: the loss is {loss}: lower --lr; {safe} epochs saved")
+        std = F.normalize(z1.detach().float()).std(0).mean() * z1.shape[1] ** 0.5  # SimSiam Fig. 2
+        loss, spread = torch.stack([total / steps, std]).tolist()  # spread 0: collapsed, 1: even
         if rank > 0:
             continue
+        if not (math.isfinite(loss) and all(p.isfinite().all() for p in model.parameters())):
+            raise ValueError(f"epoch {epoch}: the loss is {loss}: lower --lr; {safe} epochs saved")
         row = {"epoch": epoch, "loss": loss, "spread": spread, "kNN": "", "lr": lr}
         row["images/s"] = steps * args.batch_size / (time.time() - epoch_began)
         if test and epoch * 10 // args.epochs > (epoch - 1) * 10 // args.epochs:  # ten times a run
@@ -278,7 +278,7 @@ def main(argv=None):
             state |= {"optimizer": optimizer.state_dict(), "epoch": epoch, "args": vars(args)}
             torch.save(state | {"log": log}, buffer := io.BytesIO())
             (out / "checkpoint.tmp").write_bytes(buffer.getvalue())  # on a full disk an OSError
-            (out / "checkpoint.tmp").replace(out / "checkpoint.pt")  # never half a checkpoint
+            (out / "checkpoint.tmp").replace(out / "checkpoint.pt")  # a killed run leaves no half
             safe, saved = epoch, time.time()
             print(f"saved, to measure: python linear_eval.py {out}/checkpoint.pt", flush=True)
 

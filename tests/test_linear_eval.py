@@ -140,7 +140,7 @@ def test_files_that_are_no_checkpoint(tmp_path):
     harmful = pickle.dumps({"state_dict": Code(str(tmp_path / "harm"))}, protocol=2)
     for content in (b"", whole[: len(whole) // 2], b"hello\n", harmful):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=r"saved\.pth is no checkpoint of a ResNet"):
+        with pytest.raises(ValueError, match=r"saved\.pth cannot be read .*damaged"):
             linear_eval.load_backbone(path)
     assert not (tmp_path / "harm").exists()
     with pytest.raises(FileNotFoundError, match="nowhere"):

@@ -1,5 +1,6 @@
 """A night's work is not lost, and bad input ends in one sentence, not in a traceback."""
 
+import argparse
 import csv
 import importlib
 import os
@@ -96,7 +97,7 @@ def test_signals_end_with_one_line(method, number, folder, tmp_path):
     assert process.returncode == 128 + number
     assert len(err.splitlines()) == 1
     epoch = torch.load(tmp_path / "run" / "checkpoint.pt")["epoch"]
-    assert err == f"{epoch} epochs are safe, see --resume\n"
+    assert err == f"{epoch} epochs saved, go on with --resume\n"
 
 
 def test_a_full_disk_leaves_the_earlier_checkpoint(quick, tmp_path):
@@ -126,17 +127,26 @@ def test_a_loss_that_is_not_finite_stops_the_run(script, quick, tmp_path, monkey
     assert len(log_rows(out)) == 1
 
 
+def use(args, folder):
+    """args, but with the images of folder, so that another --data can be read."""
+    return argparse.Namespace(**{**vars(args), "data": str(folder)})
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--arch", "resnet34"], "arch resnet34: .* has resnet18"),
-        (["--size", 12], "size 12: .* has 8"),
-        (["--batch-size", 24], "batch_size 24: .* has 16"),
-        (["--seed", 5], "seed 5: .* has 0"),
+        (["--arch", "resnet34"], "has arch resnet18, not resnet34"),
+        (["--size", 12], "has size 8, not 12"),
+        (["--batch-size", 24], "has batch_size 16, not 24"),
+        (["--seed", 5], "has seed 0, not 5"),
+        (["--weight-decay", 0.1], "has weight_decay 0.0005, not 0.1"),
+        (["--data", "elsewhere"], "has data .*, not elsewhere"),
     ],
 )
-def test_resume_refuses_another_run(quick, flags, message, tmp_path):
+def test_resume_refuses_another_run(quick, script, flags, message, folder, tmp_path, monkeypatch):
     quick("--out", tmp_path / "run")
+    load = script.load_split
+    monkeypatch.setattr(script, "load_split", lambda args, split: load(use(args, folder), split))
     before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
     with pytest.raises(ValueError, match=message):
         quick("--out", tmp_path / "run", "--epochs", 2, "--resume", *flags)
@@ -145,9 +155,25 @@ def test_resume_refuses_another_run(quick, flags, message, tmp_path):
 
 def test_resume_refuses_another_method(quick, script, runs):
     other = "byol" if script.__name__ != "byol" else "simclr"
-    kinds = f"method {METHODS[script.__name__]}: .* has {METHODS[other]}"
+    kinds = f"has method {METHODS[other]}, not {METHODS[script.__name__]}"
     with pytest.raises(ValueError, match=kinds):
         quick("--out", runs / other, "--resume")
+
+
+def test_weights_that_are_not_finite_are_not_saved(script, quick, tmp_path, monkeypatch):
+    """The loss is that of before the last step, which may spoil the weights."""
+    out, step = tmp_path / "run", torch.optim.SGD.step
+    quick("--out", out, "--batch-size", 48)
+    before = (out / "checkpoint.pt").read_bytes()
+
+    def spoil(optimizer):
+        step(optimizer)
+        optimizer.param_groups[0]["params"][0].data.fill_(float("inf"))
+
+    monkeypatch.setattr(torch.optim.SGD, "step", spoil)
+    with pytest.raises(ValueError, match="epoch 2: .*lower --lr; 1 epochs saved"):
+        quick("--out", out, "--batch-size", 48, "--epochs", 2, "--resume")
+    assert (out / "checkpoint.pt").read_bytes() == before
 
 
 def test_resume_with_more_epochs_takes_the_new_schedule(quick, tmp_path):
@@ -165,7 +191,10 @@ BAD_FLAGS = {
     "truncated": (["--data", "{tmp}/truncated"], "cannot read {tmp}/truncated/x.png"),
     "zero bytes": (["--data", "{tmp}/zero"], "cannot read {tmp}/zero/x.png"),
     "text": (["--data", "{tmp}/text"], "cannot read {tmp}/text/x.png"),
-    "few images": (["--batch-size", "49"], "48 images, 1 ranks: change --batch-size"),
+    "few images": (
+        ["--batch-size", "49"],
+        "only 48 images: lower --subset or --batch-size (1 x n)",
+    ),
     "other classes": (["--data", "{tmp}/classes"], "test/ has other classes than train/"),
     "batch 0": (["--batch-size", "0"], "--batch-size 0 is less than 2"),
     "epochs 0": (["--epochs", "0"], "--epochs 0 is less than 1"),
@@ -173,7 +202,8 @@ BAD_FLAGS = {
     "size 0": (["--size", "0"], "--size 0 is less than 8"),
     "lr -1": (["--lr", "-1"], "--lr -1.0 is less than 0"),
     "subset 0": (["--subset", "0"], "--subset 0 is less than 1"),
-    "subset 49": (["--subset", "49"], "48 images, 1 ranks: change --batch-size or --subset"),
+    "subset 49": (["--subset", "49"], "only 48 images: lower --subset or --batch-size"),
+    "lr nan": (["--lr", "nan"], "--lr nan is less than 0"),
     "out in a file": (["--out", "{tmp}/file.txt/run"], "{tmp}/file.txt"),
     "nothing to resume": (["--resume"], "No such file or directory: '{tmp}/run/checkpoint.pt'"),
 }
@@ -220,7 +250,7 @@ def test_train_without_test_trains_and_says_so(quick, folder, tmp_path, capsys):
     shutil.copytree(folder / "train", tmp_path / "data" / "train")
     quick("--data", tmp_path / "data", "--out", tmp_path / "run")
     printed = capsys.readouterr().out
-    assert "48 images of 8 px, no labels: kNN is off" in printed
+    assert "48 images of 8 px, no test labels: no kNN" in printed
     assert "kNN " not in printed.split("\n", 1)[1]
 
 
@@ -237,6 +267,14 @@ def test_every_mode_of_image_is_read(mode, script, tmp_path):
     )
     level = images[0, 0, 4, 4].item()
     assert level in range(195, 206)
+
+
+def test_an_image_too_large_to_open_is_named(script, tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    Image.new("RGB", (60, 60)).save(tmp_path / "x.png")
+    args = script.parse_args(["--data", str(tmp_path), "--size", "8"])
+    with pytest.raises(ValueError, match="cannot read .*x.png: .*decompression bomb"):
+        script.load_split(args, "train")
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3000, 20), (20, 3000)])
@@ -314,6 +352,21 @@ def test_a_pickle_that_would_run_code_does_not(folder, tmp_path):
         with pytest.raises(ValueError, match=name):
             importlib.import_module("linear_eval").main([str(tmp_path / name)])
     assert not (tmp_path / "harm").exists()
+
+
+def test_a_network_that_is_not_finite_is_refused(folder, tmp_path):
+    torch.save(resnet(lambda s: s["conv1.weight"].fill_(float("nan"))), tmp_path / "x.pt")
+    with pytest.raises(ValueError, match="x.pt: its features are not finite"):
+        importlib.import_module("linear_eval").main(
+            [str(tmp_path / "x.pt"), "--data", str(folder), "--size", "32", "--device", "cpu"]
+        )
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"\x80\x02.", b"PK\x03\x04 truncated"])
+def test_files_that_are_no_checkpoint_at_all(content, tmp_path):
+    (tmp_path / "x.pt").write_bytes(content)
+    with pytest.raises(ValueError, match="x.pt cannot be read .*damaged"):
+        importlib.import_module("linear_eval").load_backbone(tmp_path / "x.pt")
 
 
 @pytest.mark.parametrize(

@@ -125,7 +125,7 @@ def test_unlabeled_images_train_and_say_so(script, tmp_path, monkeypatch, capsys
     flags = f"--data {tmp_path} --size 8 --epochs 1 --batch-size 4 --device cpu".split()
     script.main([*flags, "--out", str(tmp_path / "run")])
     printed = capsys.readouterr().out
-    assert "no labels" in printed
+    assert "no test labels" in printed
     assert "kNN " not in printed.split("\n", 1)[1]
     assert (tmp_path / "run" / "checkpoint.pt").exists()
 

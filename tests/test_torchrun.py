@@ -30,8 +30,17 @@ for name, kind in METHODS.items():
             models.append(self)
     setattr(script, kind, Spy)
     script.build_backbone = Small
-    script.main([*sys.argv[2:], "--out", f"{sys.argv[1]}/{name}"])
-    torch.save(models[0].state_dict(), f"{sys.argv[1]}/{name}{os.environ['RANK']}.pt")
+    augment, seen, seeds = script.augment, [], set()
+    def spy(images, *_, **options):
+        seen.append(images.clone())
+        seeds.add(torch.initial_seed())
+        return augment(images, *_, **options)
+    script.augment = spy
+    out, rank = sys.argv[1], os.environ["RANK"]
+    script.main([*sys.argv[2:], "--epochs", "2", "--out", f"{out}/{name}"])
+    torch.save([models[0].state_dict(), seen, seeds], f"{out}/{name}{rank}.pt")
+    script.main([*sys.argv[2:], "--epochs", "3", "--out", f"{out}/{name}", "--resume"])
+    torch.save(models[1].state_dict(), f"{out}/{name}{rank}_resumed.pt")
 """
 NT_XENT = """
 import os, sys
@@ -75,32 +84,49 @@ def two_ranks(folder, tmp_path_factory):
     """The folder in which two ranks have trained each script for two epochs."""
     out = tmp_path_factory.mktemp("ranks")
     (out / "driver.py").write_text(DRIVER)
-    flags = f"{out} --data {folder} {FLAGS} --epochs 2".split()
-    printed = finish(torchrun(out / "driver.py", *flags))
-    assert printed.count("epoch 1 ") == printed.count("epoch 2 ") == 3
+    printed = finish(torchrun(out / "driver.py", out, "--data", folder, *FLAGS.split()))
+    assert [printed.count(f"epoch {epoch} ") for epoch in (1, 2, 3)] == [3, 3, 3]
     return out
+
+
+def weights(state):
+    return {k: t for k, t in state.items() if not k.endswith(("_mean", "_var", "_tracked"))}
 
 
 def test_two_ranks_leave_one_run_and_hold_equal_weights(script, two_ranks):
     name = script.__name__
     files = sorted(path.name for path in (two_ranks / name).iterdir())
     assert files == ["checkpoint.pt", "log.csv", "views.png"]
-    states = [torch.load(two_ranks / f"{name}{rank}.pt") for rank in (0, 1)]
-    trained = [key for key in states[0] if not key.endswith(("_mean", "_var", "_tracked"))]
-    assert len(trained) >= 8
-    assert [key for key in trained if not torch.equal(states[0][key], states[1][key])] == []
+    for suffix in ("", "_resumed"):
+        states = [torch.load(two_ranks / f"{name}{rank}{suffix}.pt") for rank in (0, 1)]
+        states = states if suffix else [state[0] for state in states]
+        a, b = (weights(state) for state in states)
+        assert len(a) >= 8
+        assert [key for key in a if not torch.equal(a[key], b[key])] == []
     saved = torch.load(two_ranks / name / "checkpoint.pt")["model"]
     assert all(torch.equal(saved[key], states[0][key]) for key in saved)
-    means = [states[rank]["backbone.3.running_mean"] for rank in (0, 1)]
-    assert not torch.equal(*means)  # so the two have seen different images
+
+
+def test_two_ranks_share_each_batch_and_draw_other_views(script, two_ranks):
+    (_, seen0, seeds0), (_, seen1, seeds1) = (
+        torch.load(two_ranks / f"{script.__name__}{rank}.pt", weights_only=False) for rank in (0, 1)
+    )
+    seen0 = seen0[2:]  # rank 0 has drawn views.png first
+    assert len(seen0) == len(seen1) == 2 * 2 * 3  # two views, two epochs of three steps
+    for epoch in (0, 6):
+        images = torch.cat([*seen0[epoch : epoch + 6 : 2], *seen1[epoch : epoch + 6 : 2]])
+        assert images.shape == (48, 3, 8, 8)
+        assert len(images.flatten(1).unique(dim=0)) == 48  # each image once an epoch
+    assert len(seeds1) == 2
+    assert not seeds0 & seeds1
 
 
 def test_one_process_goes_on_where_two_have_stopped(script, two_ranks, folder, monkeypatch, capsys):
     monkeypatch.setattr(script, "build_backbone", Small)
-    flags = f"--data {folder} {FLAGS} --epochs 3 --out {two_ranks / script.__name__}".split()
+    flags = f"--data {folder} {FLAGS} --epochs 4 --out {two_ranks / script.__name__}".split()
     script.main([*flags, "--resume"])
     printed = capsys.readouterr().out.splitlines()
-    assert [line.split()[1] for line in printed if line[:6] == "epoch "] == ["3"]
+    assert [line.split()[1] for line in printed if line[:6] == "epoch "] == ["4"]
 
 
 def test_nt_xent_on_two_ranks_equals_one_process(tmp_path):
@@ -123,7 +149,7 @@ def test_an_uneven_split_is_refused(folder, tmp_path):
     process = torchrun(ROOT / "simsiam.py", *flags.split())
     _, err = process.communicate(timeout=200)
     assert process.returncode != 0
-    assert "48 images, 2 ranks: change --batch-size" in err
+    assert "only 48 images: lower --subset or --batch-size (2 x n)" in err
     assert not (tmp_path / "run").exists()
 
 
