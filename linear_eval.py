@@ -29,7 +29,7 @@ import torch.nn.functional as F
 import torchvision.transforms.v2.functional as TF
 from PIL import Image
 from torch import nn
-from torchvision import datasets
+from torchvision import datasets, utils
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 from torchvision.models import resnet
 
@@ -216,7 +216,113 @@ def linear_probe(h, y, generator):
     return layer, weight_decay
 
 
-# ------------------------------------------------------------------ 5. Main
+# ------------------------------------------------------------------ 5. Pictures
+def tsne(h, perplexity=30, steps=750):
+    """A map on which neighbors stay neighbors: h (N, D) -> (N, 2). van der Maaten & Hinton 2008,
+    with exact affinities, started from the two principal components, exaggeration for a third."""
+    h = h - h.mean(0)
+    squared = torch.cdist(h, h).square()
+    squared = (squared / squared.mean()).fill_diagonal_(torch.inf)  # no point is its own neighbor
+    low, high = torch.full((2, len(h), 1), -20.0, device=h.device)
+    high = -low
+    for _ in range(40):  # bisection: the precision at which a point has `perplexity` neighbors
+        middle = (low + high) / 2
+        p = torch.softmax(-squared * middle.exp(), 1)  # (N, N), Eq. (1)
+        wide = torch.special.entr(p).sum(1, keepdim=True) > math.log(perplexity)  # Sec. 2
+        low, high = torch.where(wide, middle, low), torch.where(wide, high, middle)
+    p = (p + p.T) / (2 * len(p))
+    y = 1e-4 * torch.linalg.svd(h, full_matrices=False)[0][:, :2] * len(h) ** 0.5
+    velocity = torch.zeros_like(y)
+    for step in range(steps):
+        early = step < steps / 3
+        q = 1 / (1 + torch.cdist(y, y).square()).fill_diagonal_(torch.inf)  # (N, N), Eq. (4)
+        pull = (p * (12 if early else 1) - q / q.sum()) * q
+        gradient = 4 * (pull.sum(1, keepdim=True) * y - pull @ y)  # Eq. (5)
+        velocity = (0.5 if early else 0.8) * velocity - len(h) / 12 * gradient
+        y = y + velocity
+    return y
+
+
+def palette(count):
+    """Colors that can be told apart: (count, 3) uint8, once around the circle, dark every other."""
+    turns = 6 * torch.arange(count)[:, None] / count
+    rgb = (((turns + torch.tensor([0.0, 4, 2])) % 6 - 3).abs() - 1).clamp(0, 1)
+    return (rgb * (255 - 90 * (torch.arange(count) % 2))[:, None]).byte()
+
+
+def framed(images, colors, side, width):
+    """Enlarge to side x side, with a frame: (N, 3, S, S) uint8, (N, 3) -> (N, 3, side, side)."""
+    canvas = colors[:, :, None, None].repeat(1, 1, side, side)
+    inner = F.interpolate(images, side - 2 * width)  # keeps the pixels
+    canvas[:, :, width:-width, width:-width] = inner
+    return canvas
+
+
+def draw_neighbors(folder, train, test, guesses=9):
+    """neighbors.png: a test image of each class (ten at most), then its nearest training images by
+    cosine, framed green where the class is right, red where not. train, test: images, labels,
+    features. Returns in % how many of the nearest of all test images are of the right class."""
+    (images, y, h), (test_images, test_y, test_h) = train, test
+    bank = F.normalize(h)
+    chunks = F.normalize(test_h).split(1000)
+    nearest = torch.cat([(q @ bank.T).topk(guesses).indices for q in chunks]).cpu()  # (N, 9)
+    right = y[nearest] == test_y[:, None]
+    shown = torch.stack([(test_y == c).nonzero()[0, 0] for c in test_y.unique()[:10]])
+    red_green_white = torch.tensor([[220, 40, 40], [40, 180, 60], [255, 255, 255]]).byte()
+    kinds = torch.cat([torch.full((len(shown), 1), 2), right[shown].long()], 1)  # (10, 10)
+    rows = torch.cat([test_images[shown][:, None], images[nearest[shown]]], 1)  # (10, 10, 3, S, S)
+    tiles = framed(rows.flatten(0, 1), red_green_white[kinds.flatten()], side=104, width=4)
+    sheet = utils.make_grid(tiles, nrow=guesses + 1, padding=4, pad_value=255)
+    utils.save_image(sheet / 255, folder / "neighbors.png")
+    return 100 * right.float().mean().item()
+
+
+def draw_map(folder, images, labels, h, names, side=1600, tile=36):
+    """map.png and map_classes.png: the t-SNE of features h (N, D), as framed thumbnails, of several
+    at one place only the first, and as points with the names of the classes."""
+    y = tsne(F.normalize(h)).cpu()
+    y = (y - y.amin(0)) / (y.amax(0) - y.amin(0))  # (N, 2), both in 0-1
+    colors = palette(len(names))
+    canvas = torch.full((3, side, side), 255, dtype=torch.uint8)
+    cells = (y * (side // tile - 1)).round().long()  # a thumbnail goes to its cell of a grid
+    tiles = framed(images, colors[labels], tile, width=3)
+    for i in range(len(y) - 1, -1, -1):
+        left, top = (cells[i] * tile).tolist()
+        canvas[:, top : top + tile, left : left + tile] = tiles[i]
+    utils.save_image(canvas / 255, folder / "map.png")
+    canvas.fill_(255)
+    for c, color in enumerate(colors.tolist()):
+        points = (y[labels == c] * (side - 40) + 20)[None]  # (1, n, 2)
+        canvas = utils.draw_keypoints(canvas, points, colors=tuple(color), radius=5)
+    legend = torch.full((3, side // 2, 120), 255, dtype=torch.uint8)
+    bars = torch.tensor([[4, 14 * c + 4, 9, 14 * c + 14] for c in range(len(names))])
+    rgb = [tuple(color) for color in colors.tolist()]
+    words = [f"  {name}" for name in names]
+    legend = utils.draw_bounding_boxes(legend, bars, words, rgb, width=3, label_colors="black")
+    canvas = torch.cat([canvas, F.interpolate(legend[None], size=(side, 240))[0]], 2)
+    utils.save_image(canvas / 255, folder / "map_classes.png")
+
+
+def class_names(args):
+    """The names of the classes of --data, in the order of the labels."""
+    if args.data in BUILT_IN:
+        return getattr(datasets, args.data.upper())(args.data_dir).classes
+    return find_classes(Path(args.data, "train"))[0]
+
+
+def print_classes(names, guesses, labels):
+    """A line a class: its top-1, and the class that it is most often taken for."""
+    confusion = torch.zeros(len(names), len(names))
+    confusion.index_put_((labels, guesses), torch.ones(len(labels)), accumulate=True)
+    share = 100 * confusion / confusion.sum(1, keepdim=True).clamp(min=1)  # (true, guessed) in %
+    wrong = share.clone().fill_diagonal_(-1)
+    for c, name in enumerate(names):
+        other = int(wrong[c].argmax())
+        taken = f", taken for {names[other]} {wrong[c, other]:.1f}%" if wrong[c, other] > 0 else ""
+        print(f"    {name}: {share[c, c]:.1f}%{taken}")
+
+
+# ------------------------------------------------------------------ 6. Main
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
@@ -228,16 +334,16 @@ def parse_args(argv=None):
     add("--label-fraction", type=float, default=1.0, help="fit on that share of each class")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"])
     add("--seed", type=int, default=0, help="of held-out tenth, subset and untrained network")
+    add("--pictures", help="new folder for neighbors.png, map.png and map_classes.png")
     add("--out", help="save the layer there: nn.Linear's state_dict, for raw features")
     return parser.parse_args(argv)
 
 
 def main(argv=None):
     args = parse_args(argv)
-    if args.out and Path(args.out).exists():
-        raise FileExistsError(f"--out {args.out} exists: choose another name")
-    if args.out:
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)  # now, not after the work
+    for flag, path in (("--out", args.out), ("--pictures", args.pictures)):
+        if path and Path(path).exists():
+            raise FileExistsError(f"{flag} {path} exists: choose another name")
     if not 0 < args.label_fraction <= 1:
         raise ValueError(f"--label-fraction {args.label_fraction} is not in 0 (excluded) to 1")
     for name, least in (("size", 8), ("subset", 1)):
@@ -257,6 +363,9 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     if backbone is None:
         backbone = build_backbone(resnet.BasicBlock, [2, 2, 2, 2], args.size <= 64)
+    for path in (args.out and Path(args.out).parent, args.pictures):  # now, not after the work
+        if path:
+            Path(path).mkdir(parents=True, exist_ok=True)
     (train_x, train_y), (test_x, test_y) = load_split(args, "train"), load_split(args, "test")
     if len(train_x) < (args.subset or 0):
         raise ValueError(f"--subset {args.subset} is more than the {len(train_x)} images")
@@ -282,6 +391,15 @@ def main(argv=None):
     layer, weight_decay = linear_probe(train_h, train_y, generator)
     best = layer(test_h).topk(min(5, layer.out_features)).indices == test_y[:, None]  # (N, 5)
     print(f"linear top-5: {100 * best.any(1).float().mean():.2f}% (weight decay {weight_decay})")
+    if args.pictures:
+        names, folder = class_names(args), Path(args.pictures)
+        print_classes(names, layer(test_h).argmax(1).cpu(), test_y.cpu())
+        train, test = (train_x, train_y.cpu(), train_h), (test_x, test_y.cpu(), test_h)
+        agree = draw_neighbors(folder, train, test)
+        print(f"of its 9 nearest training images {agree:.1f}% are of a test image's class")
+        few = torch.randperm(len(test_x), generator=generator)[:2000]
+        draw_map(folder, test_x[few], test_y.cpu()[few], test_h[few.to(device)], names)
+        print(f"see {folder}/neighbors.png, map.png, map_classes.png")
     print(f"linear top-1: {100 * best[:, 0].float().mean():.2f}%")
     if args.out:
         torch.save(layer.state_dict(), buffer := io.BytesIO())
