@@ -263,7 +263,7 @@ def draw_neighbors(folder, train, test, guesses=9):
     cosine, framed green where the class is right, red where not. train, test: images, labels,
     features. Returns in % how many of the nearest of all test images are of the right class."""
     (images, y, h), (test_images, test_y, test_h) = train, test
-    bank = F.normalize(h)
+    bank, guesses = F.normalize(h), min(guesses, len(h))
     chunks = F.normalize(test_h).split(1000)
     nearest = torch.cat([(q @ bank.T).topk(guesses).indices for q in chunks]).cpu()  # (N, 9)
     right = y[nearest] == test_y[:, None]
@@ -294,7 +294,8 @@ def draw_map(folder, images, labels, h, names, side=1600, tile=36):
     for c, color in enumerate(colors.tolist()):
         points = (y[labels == c] * (side - 40) + 20)[None]  # (1, n, 2)
         canvas = utils.draw_keypoints(canvas, points, colors=tuple(color), radius=5)
-    legend = torch.full((3, side // 2, 120), 255, dtype=torch.uint8)
+    height = max(side // 2, 14 * len(names) + 8)  # a hundred names are written smaller
+    legend = torch.full((3, height, 120), 255, dtype=torch.uint8)
     bars = torch.tensor([[4, 14 * c + 4, 9, 14 * c + 14] for c in range(len(names))])
     rgb = [tuple(color) for color in colors.tolist()]
     words = [f"  {name}" for name in names]

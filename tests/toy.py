@@ -1,7 +1,7 @@
 """A data set for a laptop: 2,000 + 500 gray images of ten patterns, which SimCLR tells apart.
 
     python tests/toy.py data/toy
-    python simclr.py --data data/toy --size 16 --epochs 10 --batch-size 64
+    python simclr.py --data data/toy --size 16 --epochs 10 --batch-size 64 --out runs/toy
 
 Classes are stripes, dots, bricks and the like: a crop of any part shows which, at any brightness.
 What differs within a class (period, place, brightness, contrast, noise) is what the augmentation
