@@ -3,10 +3,10 @@
     python tests/toy.py data/toy
     python simclr.py --data data/toy --size 16 --epochs 10 --batch-size 64 --out runs/toy
 
-Classes are stripes, dots, bricks and the like: a crop of any part shows which, at any brightness.
-What differs within a class (period, place, brightness, contrast, noise) is what the augmentation
-changes as well, so a network that learns to ignore the augmentation sees the class. There is no
-color: images that keep their own under the jitter could be told apart by it alone.
+Classes are stripes of five directions, checkers, dots and the like: any crop shows which, at any
+brightness. What differs within a class (period, place, brightness, contrast, noise) is what the
+augmentation changes as well, so a network that learns to ignore the augmentation sees the class.
+There is no color: images that keep their own under the jitter could be told apart by it alone.
 """
 
 import argparse
