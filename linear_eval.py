@@ -222,7 +222,9 @@ def tsne(h, perplexity=30, steps=750):
     with exact affinities, started from the two principal components, exaggeration for a third."""
     h = h - h.mean(0)
     squared = torch.cdist(h, h).square()
-    squared = (squared / squared.mean()).fill_diagonal_(torch.inf)  # no point is its own neighbor
+    squared = (squared / squared.mean().clamp(min=1e-12)).fill_diagonal_(
+        torch.inf
+    )  # no point is its own neighbor
     low, high = torch.full((2, len(h), 1), -20.0, device=h.device)
     high = -low
     for _ in range(40):  # bisection: the precision at which a point has `perplexity` neighbors
@@ -281,7 +283,7 @@ def draw_map(folder, images, labels, h, names, side=1600, tile=36):
     """map.png and map_classes.png: the t-SNE of features h (N, D), as framed thumbnails, of several
     at one place only the first, and as points with the names of the classes."""
     y = tsne(F.normalize(h)).cpu()
-    y = (y - y.amin(0)) / (y.amax(0) - y.amin(0))  # (N, 2), both in 0-1
+    y = (y - y.amin(0)) / (y.amax(0) - y.amin(0)).clamp(min=1e-12)  # (N, 2), both in 0-1
     colors = palette(len(names))
     canvas = torch.full((3, side, side), 255, dtype=torch.uint8)
     cells = (y * (side // tile - 1)).round().long()  # a thumbnail goes to its cell of a grid
@@ -392,6 +394,9 @@ def main(argv=None):
     layer, weight_decay = linear_probe(train_h, train_y, generator)
     best = layer(test_h).topk(min(5, layer.out_features)).indices == test_y[:, None]  # (N, 5)
     print(f"linear top-5: {100 * best.any(1).float().mean():.2f}% (weight decay {weight_decay})")
+    if args.out:
+        torch.save(layer.state_dict(), buffer := io.BytesIO())
+        Path(args.out).write_bytes(buffer.getvalue())  # on a full disk an OSError
     if args.pictures:
         names, folder = class_names(args), Path(args.pictures)
         print_classes(names, layer(test_h).argmax(1).cpu(), test_y.cpu())
@@ -402,9 +407,6 @@ def main(argv=None):
         draw_map(folder, test_x[few], test_y.cpu()[few], test_h[few.to(device)], names)
         print(f"see {folder}/neighbors.png, map.png, map_classes.png")
     print(f"linear top-1: {100 * best[:, 0].float().mean():.2f}%")
-    if args.out:
-        torch.save(layer.state_dict(), buffer := io.BytesIO())
-        Path(args.out).write_bytes(buffer.getvalue())  # on a full disk an OSError
 
 
 if __name__ == "__main__":
