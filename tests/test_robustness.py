@@ -328,11 +328,11 @@ BAD_CHECKPOINTS = {
     "a bare list": (lambda: [torch.zeros(3)], "is no checkpoint of a ResNet"),
     "a tensor missing": (
         lambda: resnet(lambda s: s.pop("layer3.1.conv2.weight")),
-        "layer3.1.conv2.weight is missing",
+        'Missing key(s) in state_dict: "layer3.1.conv2.weight"',
     ),
     "a tensor of the wrong shape": (
         lambda: resnet(lambda s: s.update({"layer2.0.conv1.weight": torch.zeros(128, 32, 3, 3)})),
-        "layer2.0.conv1.weight is (128, 32, 3, 3)",
+        "size mismatch for layer2.0.conv1.weight",
     ),
 }
 
@@ -365,7 +365,7 @@ def test_a_network_that_is_not_finite_is_refused(folder, tmp_path):
 @pytest.mark.parametrize("content", [b"", b"hello", b"\x80\x02.", b"PK\x03\x04 truncated"])
 def test_files_that_are_no_checkpoint_at_all(content, tmp_path):
     (tmp_path / "x.pt").write_bytes(content)
-    with pytest.raises(ValueError, match="x.pt cannot be read .*damaged"):
+    with pytest.raises(ValueError, match="x.pt is damaged, or holds more than tensors"):
         importlib.import_module("linear_eval").load_backbone(tmp_path / "x.pt")
 
 
@@ -373,15 +373,14 @@ def test_files_that_are_no_checkpoint_at_all(content, tmp_path):
     ("flags", "message"),
     [
         (["{tmp}/nowhere.pt"], "{tmp}/nowhere.pt"),
-        (["--size", "7"], "--size 7 is less than 8"),
-        (["--subset", "0"], "--subset 0 is less than 1"),
-        (["--subset", "49"], "--subset 49 is more than the 48 images"),
-        (["--label-fraction", "0"], "--label-fraction 0.0 is not in"),
-        (["--out", "{tmp}/file.txt"], "--out {tmp}/file.txt exists"),
+        (["--subset", "0"], "--subset is 2 or more"),
+        (["--label-fraction", "0"], "--label-fraction is more than 0, at most 1"),
+        (["--label-fraction", "10"], "--label-fraction is more than 0, at most 1"),
+        (["--out", "{tmp}/file.txt"], "{tmp}/file.txt exists: choose another name"),
         (["--out", "{tmp}/file.txt/layer.pt"], "{tmp}/file.txt"),
-        (["--data", "{tmp}/classes"], "test/ has other classes than train/"),
-        (["--data", "{tmp}/truncated"], "cannot read {tmp}/truncated/x.png"),
-        (["--data", "{tmp}/nowhere"], "{tmp}/nowhere: neither a folder of images nor"),
+        (["--pictures", "{tmp}/file.txt"], "{tmp}/file.txt"),
+        (["--data", "{tmp}/classes"], "train/ and test/ need the same classes"),
+        (["--data", "{tmp}/nowhere"], "{tmp}/nowhere/train'; see --data-dir and --data FOLDER"),
     ],
 )
 def test_bad_flags_of_linear_eval(flags, message, folder, bad):
@@ -390,3 +389,13 @@ def test_bad_flags_of_linear_eval(flags, message, folder, bad):
     with pytest.raises((OSError, ValueError)) as error:
         importlib.import_module("linear_eval").main([*usual, *flags])
     assert message.format(tmp=bad) in str(error.value)
+
+
+def test_linear_eval_names_a_damaged_image(folder, bad):
+    (bad / "images").mkdir()
+    for split in ("train", "test"):
+        shutil.copytree(folder / split, bad / "images" / split)
+    shutil.copy(bad / "truncated" / "x.png", bad / "images" / "test" / "red")
+    flags = ["--data", str(bad / "images"), "--size", "8", "--device", "cpu"]
+    with pytest.raises(ValueError, match=r"cannot read .*images/test/red/x\.png"):
+        importlib.import_module("linear_eval").main(flags)
