@@ -142,7 +142,7 @@ def test_files_that_are_no_checkpoint(tmp_path):
     harmful = pickle.dumps({"state_dict": Code(str(tmp_path / "harm"))}, protocol=2)
     for content in (b"", whole[: len(whole) // 2], b"hello\n", harmful):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=r"saved\.pth is damaged, or holds more"):
+        with pytest.raises(ValueError, match=r"saved\.pth is damaged or not only tensors"):
             linear_eval.load_backbone(path)
     assert not (tmp_path / "harm").exists()
     with pytest.raises(FileNotFoundError, match="nowhere"):
@@ -323,6 +323,17 @@ def test_data_and_size_are_those_of_the_training(runs, folder, capsys):
     assert "20 train and 20 test images of 8 px" in capsys.readouterr().out
     probe(runs / "simclr" / "checkpoint.pt", "--size", 12)
     assert "test images of 12 px" in capsys.readouterr().out
+
+
+def test_two_images_are_enough_and_one_is_not(folder, tmp_path, capsys):
+    probe("--data", folder, "--size", 8, "--subset", 2)
+    assert "linear top-1" in capsys.readouterr().out
+    for split, images in (("train", ["0.png"]), ("test", ["0.png", "1.png"])):
+        (tmp_path / "few" / split / "red").mkdir(parents=True)
+        for name in images:
+            shutil.copy(folder / "train" / "red" / name, tmp_path / "few" / split / "red")
+    with pytest.raises(ValueError, match="need the same classes and 2 images"):
+        probe("--data", tmp_path / "few", "--size", 8)
 
 
 def test_depths_are_read_off_the_names(tmp_path):

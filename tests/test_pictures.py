@@ -184,8 +184,20 @@ def test_every_picture_is_drawn(folder, tmp_path, capsys, monkeypatch):
     }
     assert printed[-5:-2] == ["    blue: 100.0%", "    green: 0.0%", "    red: 0.0%"]
     assert printed[-1] == "linear top-1: 33.33%"
-    assert printed[-2].endswith("% of the nearest training images are of the test image's class")
+    assert printed[-2].endswith("% of the neighbors of 24 test images are of their class")
+    (out / "neighbors.png").unlink()
     before = (out / "map.png").read_bytes()
-    with pytest.raises(FileExistsError, match="neighbors.png exists: choose another name"):
+    with pytest.raises(FileExistsError, match="map.png exists: choose another name"):
         linear_eval.main([*flags, "--seed", "1"])
     assert (out / "map.png").read_bytes() == before
+
+
+def test_tsne_of_few_images_still_looks_at_their_features():
+    """With fewer images than neighbors asked for, all others would be equally near."""
+    h, labels = clusters(n=24, count=3)
+    y = linear_eval.tsne(h)
+    nearest = torch.cdist(y, y).fill_diagonal_(torch.inf).argmin(1)
+    assert (labels[nearest] == labels).all()
+    pca = h - h.mean(0)
+    pca = pca @ torch.linalg.svd(pca, full_matrices=False)[2][:2].T
+    assert trustworthiness(h, y, k=5) > trustworthiness(h, pca, k=5)

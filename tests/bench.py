@@ -1,0 +1,426 @@
+"""What each part of a training step costs, on this machine, in one run.
+
+    python tests/bench.py --batch-size 256            # on the GPU if there is one, else on the CPU
+    python tests/bench.py --parts augmentation probe  # some of the parts only
+
+A time is the median over the repetitions, after one that does not count; what is compared takes
+turns, so that a noisy machine hits all of it alike. Compare the ratios, not the times.
+
+- steps: the script's real step, its loop's own lines, against the bare one: the network's forward
+  and backward and the update, on two batches that lie on the device, with a mean for a loss.
+- augmentation: views a second, against torchvision's per-image transforms in worker processes.
+- variants: one thing changed at a time, in the bare step of the first of the methods.
+- decode: a folder of 60,000 small images into one tensor.
+- sizes: the real step at growing batches and images.
+- probe: linear_eval's fit on 50,000 features of 512 dimensions.
+"""
+
+import argparse
+import ast
+import importlib
+import inspect
+import os
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torchvision
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as TF
+from torchvision.utils import save_image
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+LOSSES = {"simsiam": "negative_cosine", "byol": "regression_loss", "simclr": "nt_xent"}
+CLASSES = {"simsiam": "SimSiam", "byol": "BYOL", "simclr": "SimCLR"}
+PARTS = ("steps", "augmentation", "variants", "decode", "sizes", "probe")
+
+
+# ------------------------------------------------------------------ Measuring
+def wait(device):
+    """Let the GPU finish what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def interleaved(functions, args):
+    """{name: median seconds of a call} for {name: function}, which take turns."""
+    calls = args.calls if args.device.type == "cuda" else 1  # in a row: the host runs ahead
+    times = {name: [] for name in functions}
+    for repetition in range(args.repeat + 1):
+        for name, function in functions.items():
+            wait(args.device)
+            began = time.perf_counter()
+            for _ in range(calls):
+                function()
+            wait(args.device)
+            if repetition > 0:  # the first warms up
+                times[name].append((time.perf_counter() - began) / calls)
+    return {name: statistics.median(of_name) for name, of_name in times.items()}
+
+
+def memory(device):
+    """Peak in GiB: on a GPU since the last reset, else of the process up to now."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def table(title, columns, rows):
+    """Print a table as its rows come: the first column to the left, numbers to the right."""
+    print(f"\n{title}\n  {columns[0]:<34}" + "".join(f"{c:>14}" for c in columns[1:]), flush=True)
+    for first, *rest in rows:
+        cells = [x if isinstance(x, str) else f"{x:.4g}" for x in rest]
+        print(f"  {first:<34}" + "".join(f"{x:>14}" for x in cells), flush=True)
+
+
+# ------------------------------------------------------------------ A step
+def loop_lines(script):
+    """The body of the loop over the steps in the script's main, compiled."""
+    tree = ast.parse(inspect.getsource(script.main))
+    loops = [node for node in ast.walk(tree) if isinstance(node, ast.For)]
+    loop = next(
+        node for node in loops if ast.unparse(node.target) in ("step, batch", "(step, batch)")
+    )
+    return compile(ast.Module(loop.body, []), f"{script.__file__}: the loop", "exec")
+
+
+class Training:
+    """A method's script, set up as its main does: the real step, the bare one, and their parts."""
+
+    def __init__(self, name, args, batch_size=None, size=None, channels_last=True, **sgd):
+        self.script = importlib.import_module(name)
+        self.name, self.device = name, args.device
+        self.batch_size, size = batch_size or args.batch_size, size or args.size
+        flags = ["--batch-size", str(self.batch_size), "--size", str(size), "--epochs", "100"]
+        self.flags = self.script.parse_args([*flags, "--device", args.device.type])
+        self.loss = getattr(self.script, LOSSES[name])
+        torch.manual_seed(0)
+        torch.backends.cudnn.benchmark = torch.backends.cudnn.allow_tf32 = True
+        backbone = self.script.build_backbone("resnet18", size)
+        model = getattr(self.script, CLASSES[name])(backbone).to(args.device)
+        self.model = model.to(memory_format=torch.channels_last) if channels_last else model
+        self.network = self.model
+        self.images = torch.randint(
+            0, 256, (2 * self.batch_size, 3, size, size), dtype=torch.uint8, device=args.device
+        )
+        self.optimizer = torch.optim.SGD(
+            self.model.parameters(), 1e-3, 0.9, weight_decay=5e-4, **sgd
+        )
+        self.order = torch.randperm(2 * self.batch_size, device=args.device).view(2, -1)
+        self.views = [self.script.augment(self.images[row]) for row in self.order]
+        if not channels_last:
+            self.views = [view.contiguous() for view in self.views]
+        self.dtype = torch.bfloat16 if args.device.type == "cuda" else None
+        self.count = 0
+        self.code = loop_lines(self.script)
+        self.names = vars(self.script) | {
+            "args": self.flags,
+            "device": self.device,
+            "fits": True,
+            "images": self.images,
+            "model": self.model,
+            "network": self.network,
+            "optimizer": self.optimizer,
+            "peak": 1e-3,
+            "rank": 1,  # which prints nothing
+            "steps": 100,
+            "total": torch.zeros((), device=self.device),
+        }
+
+    def real(self):
+        """The lines of the script's loop, with the next batch."""
+        self.names |= {"step": self.count % 1000, "batch": self.order[self.count % 2]}
+        exec(self.code, self.names)
+        self.count += 1
+
+    def autocast(self):
+        enabled = self.dtype is not None
+        return torch.autocast(self.device.type, self.dtype or torch.bfloat16, enabled=enabled)
+
+    @contextmanager
+    def mean_for_a_loss(self):
+        """In place of the method's loss, so that there is something to go backward from."""
+
+        def mean(a, b, *_):
+            return a.float().mean() + (b.float().mean() if self.name == "simclr" else 0)
+
+        setattr(self.script, LOSSES[self.name], mean)
+        yield
+        setattr(self.script, LOSSES[self.name], self.loss)
+
+    def bare(self):
+        """Forward, backward and update on two views that lie there."""
+        with self.mean_for_a_loss(), self.autocast():
+            loss, _ = self.network(*self.views)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+
+    def together(self):
+        """As bare, but one forward of the backbone for both views."""
+        x, backbone = torch.cat(self.views), self.model.backbone
+        with self.mean_for_a_loss(), self.autocast():
+            parts = iter(backbone(x).chunk(2))
+            self.model.backbone = _Next(parts)
+            loss, _ = self.network(*self.views)
+        self.model.backbone = backbone
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+
+    def augmentation(self):
+        for _ in range(2):
+            self.script.augment(self.images[self.order[0]])
+
+    def loss_alone(self):
+        width = 128 if self.name == "simclr" else 256 if self.name == "byol" else 2048
+        if not hasattr(self, "outputs"):
+            shape = (self.batch_size, width)
+            self.outputs = [torch.randn(shape, device=self.device) for _ in range(2)]
+        a, b = (x.clone().requires_grad_() for x in self.outputs)
+        if self.name == "simclr":
+            self.loss(a, b, 0.5).backward()
+        else:  # of two symmetric terms
+            (self.loss(a, b.detach()) + self.loss(b, a.detach())).backward()
+
+    def moving_average(self):
+        self.model.update_target(0.99)
+
+
+class _Next(nn.Module):
+    """Stands in for the backbone, whose features of both views are there already."""
+
+    def __init__(self, features):
+        super().__init__()
+        self.features = features
+
+    def forward(self, x):
+        return next(self.features)
+
+
+# ------------------------------------------------------------------ The parts
+def steps(args):
+    columns = ["", "real / bare", "bare ms", "real ms", "augment %", "loss %", "EMA %", "rest %"]
+    columns += ["images/s", "GiB"]
+
+    def rows():
+        for name in args.methods:
+            training = Training(name, args)
+            if args.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            parts = {"bare": training.bare, "real": training.real}
+            parts |= {"augment": training.augmentation, "loss": training.loss_alone}
+            if name == "byol":
+                parts["EMA"] = training.moving_average
+            t = interleaved(parts, args)
+            of_bare = {
+                part: 100 * t.get(part, 0) / t["bare"] for part in ("augment", "loss", "EMA")
+            }
+            rest = 100 * (t["real"] / t["bare"] - 1) - sum(of_bare.values())
+            yield [
+                name,
+                t["real"] / t["bare"],
+                1000 * t["bare"],
+                1000 * t["real"],
+                *of_bare.values(),
+                rest,
+                args.batch_size / t["real"],
+                memory(args.device),
+            ]
+
+    table(f"A step, batch {args.batch_size}, {args.size} px (% of the bare one)", columns, rows())
+    if args.device.type == "cuda":
+        for name in args.methods:
+            training = Training(name, args)
+            for mode in ("default", "error", "default"):  # warm up, then no wait for the GPU
+                torch.cuda.set_sync_debug_mode(mode)
+                training.real()
+            print(f"  {name}: no host-device synchronization in a step")
+
+
+class PerImage(Dataset):
+    """The peers' way: torchvision's transforms on one PIL image at a time, two views of each."""
+
+    def __init__(self, images, size):
+        self.images = [TF.to_pil_image(image) for image in images]
+        self.transform = v2.Compose(
+            [
+                v2.RandomResizedCrop(size, scale=(0.2, 1)),
+                v2.RandomHorizontalFlip(),
+                v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
+                v2.RandomGrayscale(0.2),
+                *([v2.RandomApply([v2.GaussianBlur(size // 20 * 2 + 1)])] if size > 64 else []),
+                v2.ToImage(),
+                v2.ToDtype(torch.float32, scale=True),
+                v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+            ]
+        )
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        return self.transform(self.images[i]), self.transform(self.images[i])
+
+
+def augmentation(args):
+    training = Training("simsiam", args)
+    count = max(2048, args.batch_size) // args.batch_size * args.batch_size
+    images = torch.randint(0, 256, (count, 3, args.size, args.size), dtype=torch.uint8)
+    workers = len(os.sched_getaffinity(0))
+    loader = DataLoader(
+        PerImage(images, args.size),
+        args.batch_size,
+        num_workers=workers,
+        persistent_workers=True,
+        pin_memory=args.device.type == "cuda",
+    )
+
+    def per_image():
+        for x1, x2 in loader:
+            x1.to(args.device), x2.to(args.device)
+
+    def ours():
+        for _ in range(count // args.batch_size):
+            training.augmentation()
+
+    t = interleaved({"ours": ours, "per image": per_image, "bare": training.bare}, args)
+    bare = t["bare"] * count / args.batch_size
+    columns = ["", "views/s", "times ours", "% of an epoch"]
+    rows = [
+        [f"whole batches, on {args.device.type}", 2 * count / t["ours"], 1.0]
+        + [100 * t["ours"] / (t["ours"] + bare)],
+        [f"per image, {workers} processes", 2 * count / t["per image"], t["per image"] / t["ours"]]
+        + [100 * t["per image"] / (t["per image"] + bare)],
+    ]
+    table(f"Augmentation, batches of {args.batch_size}, {args.size} px", columns, rows)
+
+
+def variants(args):
+    name = args.methods[0]
+
+    def other(**options):
+        return Training(name, args, **options)
+
+    usual = other()
+    functions = {"as in the script": usual.bare, "both views in one forward": usual.together}
+    half = other()
+    half.dtype = None if half.dtype else torch.bfloat16
+    functions["float32" if half.dtype is None else "bfloat16"] = half.bare
+    functions["contiguous, not channels_last"] = other(channels_last=False).bare
+    functions["SGD, a loop over the tensors"] = other(foreach=False).bare
+    functions["SGD, fused"] = other(fused=True).bare
+    note = "not tried: --compile compiles for a minute" if args.no_compile else ""
+    compiled = other()
+    if not note:
+        compiled.network = torch.compile(compiled.model)
+        began = time.perf_counter()
+        try:
+            compiled.bare()
+            functions["--compile"] = compiled.bare
+            note = f"--compile took {time.perf_counter() - began:.0f} s before the first step"
+        except Exception as error:
+            note = f"--compile: {type(error).__name__}: {str(error).splitlines()[0]}"
+    t = interleaved(functions, args)
+    base = t["as in the script"]
+    rows = [[variant, base / seconds, 1000 * seconds] for variant, seconds in t.items()]
+    table(f"Variants of {name}'s bare step", ["", "times as fast", "ms"], rows)
+    print(f"  {note}")
+
+
+def decode(args):
+    from simsiam import load_split, parse_args
+
+    total = args.images
+    with tempfile.TemporaryDirectory() as folder:
+        torch.manual_seed(0)
+        small = nn.functional.interpolate(torch.rand(500, 3, 8, 8), 32, mode="bicubic").clamp(0, 1)
+        for i, image in enumerate(small):
+            save_image(image, Path(folder, f"{i}.png"))
+        for i in range(500, total):
+            os.link(Path(folder, f"{i % 500}.png"), Path(folder, f"{i}.png"))
+        flags, threads, rows = parse_args(["--data", folder]), torch.get_num_threads(), []
+        for count in (threads, 1):
+            torch.set_num_threads(count)
+            began = time.perf_counter()
+            load_split(flags, "train")
+            seconds = time.perf_counter() - began
+            rows.append([f"{count} threads", seconds, total / seconds])
+        torch.set_num_threads(threads)
+    table(f"Decoding {total} images of 32 px", ["", "seconds", "images/s"], rows)
+
+
+def sizes(args):
+    columns = ["", "ms", "images/s", "ms an image", "GiB"]
+
+    def rows():
+        batches = [(batch, args.size) for batch in (64, 128, 256, 512, 1024, 2048, 4096)]
+        for name in args.methods:
+            for batch, size in [*batches, *((64, size) for size in (32, 64, 96, 224))]:
+                label = f"{name}, batch {batch}, {size} px"
+                if args.device.type == "cuda":
+                    torch.cuda.reset_peak_memory_stats()
+                try:
+                    training = Training(name, args, batch, size)
+                    began = time.perf_counter()
+                    training.real()
+                    wait(args.device)
+                    if time.perf_counter() - began > args.limit:
+                        yield [label, f"over {args.limit:g} s", "", "", memory(args.device)]
+                        if size == args.size and batch != 64:
+                            break
+                        continue
+                    t = interleaved({"real": training.real}, args)["real"]
+                    yield [label, 1000 * t, batch / t, 1000 * t / batch, memory(args.device)]
+                except torch.OutOfMemoryError:
+                    yield [label, "no memory", "", "", ""]
+                training = None
+
+    table("The real step at growing sizes", columns, rows())
+
+
+def probe(args):
+    from linear_eval import linear_probe
+
+    torch.manual_seed(0)
+    y = torch.arange(50_000, device=args.device) % 10
+    mix = torch.randn(512, 512, device=args.device) / 512**0.5
+    h = (torch.randn(10, 512, device=args.device)[y] / 4 + torch.randn_like(mix)[0]) @ mix
+    h = (h + torch.randn(len(y), 512, device=args.device) @ mix).relu()
+    t = interleaved({"fit": lambda: linear_probe(h, y)}, args)
+    table("linear_eval's fit", ["", "seconds"], [["50,000 features x 512", t["fit"]]])
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"])
+    add("--batch-size", type=int, default=512, help="images a step")
+    add("--size", type=int, default=32, help="side of the images in pixels")
+    add("--methods", nargs="+", default=list(LOSSES), choices=list(LOSSES))
+    add("--parts", nargs="+", default=list(PARTS), choices=PARTS)
+    add("--repeat", type=int, default=5, help="repetitions that count")
+    add(
+        "--calls", type=int, default=10, help="calls in a row, of which one time is taken, on a GPU"
+    )
+    add("--images", type=int, default=60_000, help="images to decode")
+    add("--limit", type=float, default=20, help="seconds: stop at a step that takes longer")
+    add("--no-compile", action="store_true", help="do not try torch.compile")
+    args = parser.parse_args(argv)
+    args.device = torch.device(args.device)
+    name = torch.cuda.get_device_name() if args.device.type == "cuda" else "CPU"
+    versions = f"torch {torch.__version__}, torchvision {torchvision.__version__}"
+    print(f"{name}, {torch.get_num_threads()} threads, {versions}, {args.repeat} repetitions")
+    for part in args.parts:
+        globals()[part](args)
+
+
+if __name__ == "__main__":
+    main()
