@@ -21,7 +21,8 @@ def arguments(method):
 def test_the_real_step_is_the_one_of_the_script(method, monkeypatch):
     training, views = bench.Training(method, arguments(method)), []
     augment = training.names["augment"]
-    monkeypatch.setitem(training.names, "augment", lambda x: views.append(x) or augment(x))
+    spy = lambda x, **options: views.append(x) or augment(x, **options)  # noqa: E731
+    monkeypatch.setitem(training.names, "augment", spy)
     before = [p.clone() for p in training.model.parameters()]
     training.real()
     assert len(views) == 2
@@ -59,7 +60,6 @@ def test_times_take_turns():
 
 def test_the_tables(capsys):
     lines = run(capsys, "--parts", "steps", "augmentation", "decode", "--methods", "byol")
-    columns, row = (line.split() for line in lines[2:][:2]) if lines[1] else (None, None)
     row = next(line.split() for line in lines if line.startswith("  byol"))
     ratio, bare, real, augment, loss, ema, rest = map(float, row[1:8])
     assert ratio == pytest.approx(real / bare, rel=0.01)

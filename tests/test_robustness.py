@@ -29,14 +29,26 @@ def quick(script, folder, monkeypatch):
 
 
 def start(method, tmp_path, *flags):
-    """The script as a process, which saves after every epoch."""
+    """The script as a process, with a tiny backbone, which saves after every epoch."""
     copy = tmp_path / f"{method}.py"
     text = (ROOT / f"{method}.py").read_text()
-    assert "\nSAVE_SECONDS = 60 " in text
-    copy.write_text(text.replace("\nSAVE_SECONDS = 60 ", "\nSAVE_SECONDS = 0 "))
+    for usual, here in {
+        "\nSAVE_SECONDS = 60 ": "\nSAVE_SECONDS = 0 ",
+        "build_backbone(args.arch, args.size)": "__import__('conftest').Small()",
+    }.items():
+        assert usual in text
+        text = text.replace(usual, here)
+    copy.write_text(text)
     command = [sys.executable, str(copy), *map(str, flags)]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=tmp_path)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests")}
+    return subprocess.Popen(
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+    )
 
 
 def wait_for(process, text):
@@ -58,6 +70,7 @@ def test_killed_in_the_third_of_four_epochs_then_resumed(
     """Equal to four epochs straight: weights, optimizer and log, to the bit."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(script, "SAVE_SECONDS", 0)
+    monkeypatch.setattr(script, "build_backbone", Small)
     flags = f"--data {folder} --size 8 --epochs 4 --batch-size 48 --device cpu --out".split()
     broken = start(script.__name__, tmp_path, *flags, "broken")
     wait_for(broken, "epoch 2 ")
@@ -75,7 +88,7 @@ def test_killed_in_the_third_of_four_epochs_then_resumed(
         name for name in a["model"] if not torch.equal(a["model"][name], b["model"][name])
     ] == []
     momentum = [state["optimizer"]["state"] for state in (a, b)]
-    assert len(momentum[0]) > 50
+    assert len(momentum[0]) > 5
     for i, buffers in momentum[0].items():
         assert torch.equal(buffers["momentum_buffer"], momentum[1][i]["momentum_buffer"])
     assert a["optimizer"]["param_groups"] == b["optimizer"]["param_groups"]
