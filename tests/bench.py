@@ -368,27 +368,29 @@ def sizes(args):
     columns = ["", "ms", "images/s", "ms an image", "GiB"]
 
     def rows():
-        batches = [(batch, args.size) for batch in (64, 128, 256, 512, 1024, 2048, 4096)]
         for name in args.methods:
-            for batch, size in [*batches, *((64, size) for size in (32, 64, 96, 224))]:
-                label = f"{name}, batch {batch}, {size} px"
-                if args.device.type == "cuda":
-                    torch.cuda.reset_peak_memory_stats()
-                try:
-                    training = Training(name, args, batch, size)
-                    began = time.perf_counter()
-                    training.real()
-                    wait(args.device)
-                    if time.perf_counter() - began > args.limit:
-                        yield [label, f"over {args.limit:g} s", "", "", memory(args.device)]
-                        if size == args.size and batch != 64:
+            growing = [[(b, args.size) for b in (64, 128, 256, 512, 1024, 2048, 4096)]]
+            growing += [[(64, side)] for side in (32, 64, 96, 224)]
+            for series in growing:
+                for batch, size in series:
+                    label = f"{name}, batch {batch}, {size} px"
+                    if args.device.type == "cuda":
+                        torch.cuda.reset_peak_memory_stats()
+                    try:
+                        training = Training(name, args, batch, size)
+                        began = time.perf_counter()
+                        training.real()
+                        wait(args.device)
+                        if time.perf_counter() - began > args.limit:
+                            yield [label, f"over {args.limit:g} s", "", "", memory(args.device)]
                             break
-                        continue
-                    t = interleaved({"real": training.real}, args)["real"]
-                    yield [label, 1000 * t, batch / t, 1000 * t / batch, memory(args.device)]
-                except torch.OutOfMemoryError:
-                    yield [label, "no memory", "", "", ""]
-                training = None
+                        t = interleaved({"real": training.real}, args)["real"]
+                        yield [label, 1000 * t, batch / t, 1000 * t / batch, memory(args.device)]
+                    except torch.OutOfMemoryError:
+                        yield [label, "no memory", "", "", ""]
+                        break
+                    finally:
+                        training = None
 
     table("The real step at growing sizes", columns, rows())
 
@@ -405,7 +407,7 @@ def probe(args):
     table("linear_eval's fit", ["", "seconds"], [["50,000 features x 512", t["fit"]]])
 
 
-def main(argv=None):
+def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"])
@@ -420,7 +422,11 @@ def main(argv=None):
     add("--images", type=int, default=60_000, help="to decode, and at most 2048 to augment")
     add("--limit", type=float, default=20, help="seconds: stop at a step that takes longer")
     add("--no-compile", action="store_true", help="do not try torch.compile")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
     args.device = torch.device(args.device)
     name = torch.cuda.get_device_name() if args.device.type == "cuda" else "CPU"
     versions = f"torch {torch.__version__}, torchvision {torchvision.__version__}"

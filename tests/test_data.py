@@ -11,6 +11,8 @@ import torch
 from PIL import Image
 from torchvision import datasets
 
+import linear_eval
+
 
 def load(script, split="train", **flags):
     args = script.parse_args([])
@@ -138,6 +140,23 @@ def test_cifar_is_downloaded_and_read_exactly(script, tiny_cifar, tmp_path):
     assert {x.numpy().tobytes(): int(y) for x, y in zip(images, labels)} == expected
 
 
+@pytest.mark.parametrize("tiny_cifar", ["cifar10", "cifar100"], indirect=True)
+def test_linear_eval_reads_cifar_exactly(tiny_cifar, tmp_path):
+    name, pixels = tiny_cifar
+    flags = {
+        "data": name,
+        "data_dir": str(tmp_path / "data"),
+        "size": 32,
+        "subset": None,
+        "seed": 0,
+    }
+    for split, part in (("train", slice(12)), ("test", slice(12, 18))):
+        images, labels, names = load(linear_eval, split, **flags)
+        expected = {image.tobytes(): i % 6 for i, image in enumerate(pixels[part])}
+        assert {x.numpy().tobytes(): int(y) for x, y in zip(images, labels)} == expected
+        assert names == list("abcdef")
+
+
 @pytest.fixture
 def tiny_stl10(monkeypatch, tmp_path):
     """STL-10 of 4 labeled train, 4 test and 16 unlabeled images."""
@@ -168,6 +187,24 @@ def test_stl10_pretrains_on_the_unlabeled_images(script, tmp_path, capsys):
     assert "kNN " in printed.splitlines()[1]
     args = script.parse_args(["--data", "stl10"])
     assert args.size == 96
+
+
+@pytest.mark.usefixtures("tiny_stl10")
+def test_linear_eval_takes_the_labeled_images_of_stl10(tmp_path, capsys):
+    flags = ["--data", "stl10", "--data-dir", str(tmp_path / "data"), "--size", "8"]
+    linear_eval.main([*flags, "--device", "cpu", "--pictures", str(tmp_path / "pictures")])
+    printed = capsys.readouterr().out
+    assert "4 train and 4 test images of 8 px" in printed
+    assert [line.split(":")[0] for line in printed.splitlines() if line[:4] == "    "] == [
+        "    a",
+        "    b",
+    ]
+
+
+def test_linear_eval_names_the_ways_out_of_a_failed_download(monkeypatch, tmp_path):
+    monkeypatch.setattr(datasets.CIFAR10, "url", (tmp_path / "nothing.tar.gz").as_uri())
+    with pytest.raises(OSError, match="--data cifar10: .*--data-dir and --data FOLDER"):
+        linear_eval.main(["--data-dir", str(tmp_path / "data"), "--device", "cpu"])
 
 
 def test_a_failed_download_names_address_and_ways_out(script, monkeypatch, tmp_path):

@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 
+import bench
 import pytest
 from conftest import METHODS, ROOT
 
@@ -31,6 +32,9 @@ def test_the_flags_of_each_command(command):
     words = [word for word in words[1:] if not word.startswith("--nproc_per_node")]
     if words == ["-m", "pytest"] or words[0] == "tests/toy.py":  # toy.py: below
         return
+    if words[0] == "tests/bench.py":
+        assert bench.parse_args(words[1:]).batch_size == 256
+        return
     script = importlib.import_module(words[0].removesuffix(".py"))
     args = script.parse_args(words[1:])
     assert args.size is None or args.size >= 8
@@ -46,9 +50,9 @@ def test_the_toy_set_as_the_readme_makes_it(tmp_path, capsys):
     assert (again.returncode, len(again.stderr.splitlines())) == (2, 1)
     train = next(command for command in COMMANDS if "simclr.py --data data/toy" in command)
     flags = shlex.split(train)[2:] + ["--data", str(data), "--out", str(out), "--device", "cpu"]
-    importlib.import_module("simclr").main([*flags, "--epochs", "1", "--subset", "128"])
+    importlib.import_module("simclr").main([*flags, "--epochs", "1", "--subset", "64"])
     probe = next(command for command in COMMANDS if "--pictures" in command)
-    flags = shlex.split(probe)[3:] + ["--pictures", str(pictures), "--subset", "300"]
+    flags = shlex.split(probe)[3:] + ["--pictures", str(pictures), "--subset", "100"]
     importlib.import_module("linear_eval").main([str(out / "checkpoint.pt"), *flags])
     assert len(list(pictures.iterdir())) == 3
     assert "linear top-1: " in capsys.readouterr().out

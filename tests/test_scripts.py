@@ -3,7 +3,7 @@
 import csv
 import importlib
 import os
-import subprocess
+import runpy
 import sys
 
 import pytest
@@ -11,11 +11,6 @@ import torch
 from conftest import METHODS, ROOT, Small
 from PIL import Image
 from torchvision import models
-
-
-def run_script(name, *flags, cwd=ROOT):
-    command = [sys.executable, str(ROOT / f"{name}.py"), *map(str, flags)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -143,11 +138,15 @@ def test_the_seed_decides(script, folder, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", [*METHODS, "linear_eval"])
-def test_errors_are_one_line_and_exit_code_2(name, tmp_path):
-    result = run_script(name, "--data", tmp_path / "nowhere", cwd=tmp_path)
-    assert result.returncode == 2
-    assert len(result.stderr.splitlines()) == 1
-    assert "nowhere" in result.stderr
+def test_errors_are_one_line_and_exit_code_2(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--data", "nowhere"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / f"{name}.py"), run_name="__main__")
+    assert end.value.code == 2
+    err = capsys.readouterr().err
+    assert len(err.splitlines()) == 1
+    assert "nowhere" in err
     assert os.listdir(tmp_path) == []
 
 
