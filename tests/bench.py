@@ -20,7 +20,6 @@ import ast
 import importlib
 import inspect
 import os
-import resource
 import statistics
 import sys
 import tempfile
@@ -49,27 +48,35 @@ def wait(device):
         torch.cuda.synchronize()
 
 
-def interleaved(functions, args):
-    """{name: median seconds of a call} for {name: function}, which take turns."""
-    calls = args.calls if args.device.type == "cuda" else 1  # in a row: the host runs ahead
+def interleaved(functions, args, calls=None, repeat=None):
+    """{name: [seconds of a call, by repetition]} for {name: function}, which take turns,
+    there and back. calls: in a row, for one time; on a GPU the host then runs ahead of it."""
+    calls = calls or (args.calls if args.device.type == "cuda" else 1)
     times = {name: [] for name in functions}
-    for repetition in range(args.repeat + 1):
-        for name, function in functions.items():
+    for repetition in range((repeat or args.repeat) + 1):
+        for name in list(functions)[:: 1 if repetition % 2 else -1]:
             wait(args.device)
             began = time.perf_counter()
             for _ in range(calls):
-                function()
+                functions[name]()
             wait(args.device)
             if repetition > 0:  # the first warms up
                 times[name].append((time.perf_counter() - began) / calls)
+    return times
+
+
+def medians(times):
     return {name: statistics.median(of_name) for name, of_name in times.items()}
 
 
-def memory(device):
-    """Peak in GiB: on a GPU since the last reset, else of the process up to now."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+def memory(training):
+    """Peak of one more real step on a GPU, in GiB, without the data set; not known on a CPU."""
+    if training.device.type == "cpu":
+        return ""
+    torch.cuda.reset_peak_memory_stats()
+    training.real()
+    wait(training.device)
+    return torch.cuda.max_memory_allocated() / 2**30
 
 
 def table(title, columns, rows):
@@ -152,8 +159,10 @@ class Training:
             return a.float().mean() + (b.float().mean() if self.name == "simclr" else 0)
 
         setattr(self.script, LOSSES[self.name], mean)
-        yield
-        setattr(self.script, LOSSES[self.name], self.loss)
+        try:
+            yield
+        finally:
+            setattr(self.script, LOSSES[self.name], self.loss)
 
     def bare(self):
         """Forward, backward and update on two views that lie there."""
@@ -164,26 +173,29 @@ class Training:
         self.optimizer.step()
 
     def together(self):
-        """As bare, but one forward of the backbone for both views."""
+        """As bare, but one forward of the backbone for both views, and of nothing else."""
         x, backbone = torch.cat(self.views), self.model.backbone
-        with self.mean_for_a_loss(), self.autocast():
-            parts = iter(backbone(x).chunk(2))
-            self.model.backbone = _Next(parts)
-            loss, _ = self.network(*self.views)
-        self.model.backbone = backbone
+        try:
+            with self.mean_for_a_loss(), self.autocast():
+                self.model.backbone = _Next(iter(backbone(x).chunk(2)))
+                loss, _ = self.network(*self.views)
+        finally:
+            self.model.backbone = backbone
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
 
     def augmentation(self):
+        x = self.images[self.order[0]]
         for _ in range(2):
-            self.script.augment(self.images[self.order[0]])
+            self.script.augment(x)
 
     def loss_alone(self):
         width = 128 if self.name == "simclr" else 256 if self.name == "byol" else 2048
         if not hasattr(self, "outputs"):
             shape = (self.batch_size, width)
-            self.outputs = [torch.randn(shape, device=self.device) for _ in range(2)]
+            dtype = self.dtype or torch.float32
+            self.outputs = [torch.randn(shape, device=self.device, dtype=dtype) for _ in range(2)]
         a, b = (x.clone().requires_grad_() for x in self.outputs)
         if self.name == "simclr":
             self.loss(a, b, 0.5).backward()
@@ -207,42 +219,56 @@ class _Next(nn.Module):
 
 # ------------------------------------------------------------------ The parts
 def steps(args):
-    columns = ["", "real / bare", "bare ms", "real ms", "augment %", "loss %", "EMA %", "rest %"]
-    columns += ["images/s", "GiB"]
+    columns = [
+        "",
+        "real / bare",
+        "from",
+        "to",
+        "bare ms",
+        "real ms",
+        "augment %",
+        "loss %",
+        "EMA %",
+    ]
+    columns += ["rest %", "images/s", "GiB"]
 
     def rows():
         for name in args.methods:
             training = Training(name, args)
-            if args.device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
             parts = {"bare": training.bare, "real": training.real}
             parts |= {"augment": training.augmentation, "loss": training.loss_alone}
             if name == "byol":
                 parts["EMA"] = training.moving_average
-            t = interleaved(parts, args)
-            of_bare = {
-                part: 100 * t.get(part, 0) / t["bare"] for part in ("augment", "loss", "EMA")
-            }
-            rest = 100 * (t["real"] / t["bare"] - 1) - sum(of_bare.values())
+            times = interleaved(parts, args)
+            ratios = [real / bare for real, bare in zip(times["real"], times["bare"])]
+            ratio, t = statistics.median(ratios), medians(times)
+            alone = [100 * t.get(part, 0) / t["bare"] for part in ("augment", "loss", "EMA")]
             yield [
                 name,
-                t["real"] / t["bare"],
-                1000 * t["bare"],
-                1000 * t["real"],
-                *of_bare.values(),
-                rest,
+                *(ratio, min(ratios), max(ratios)),
+                *(1000 * t["bare"], 1000 * t["real"]),
+                *(*alone, 100 * (ratio - 1) - sum(alone)),
                 args.batch_size / t["real"],
-                memory(args.device),
+                memory(training),
             ]
+            del training, parts
 
-    table(f"A step, batch {args.batch_size}, {args.size} px (% of the bare one)", columns, rows())
+    title = (
+        f"A step, batch {args.batch_size}, {args.size} px; the parts alone, in % of the bare step"
+    )
+    table(title, columns, rows())
     if args.device.type == "cuda":
         for name in args.methods:
-            training = Training(name, args)
-            for mode in ("default", "error", "default"):  # warm up, then no wait for the GPU
-                torch.cuda.set_sync_debug_mode(mode)
+            training, found = Training(name, args), "none"
+            training.real()
+            torch.cuda.set_sync_debug_mode("error")
+            try:
                 training.real()
-            print(f"  {name}: no host-device synchronization in a step")
+            except RuntimeError as error:
+                found = str(error)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            print(f"  {name}: host-device synchronization that torch reports in a step: {found}")
 
 
 class PerImage(Dataset):
@@ -277,7 +303,7 @@ def augmentation(args):
     workers = len(os.sched_getaffinity(0))
     loader = DataLoader(
         PerImage(images, args.size),
-        args.batch_size,
+        max(1, count // (8 * workers)),  # several batches for each, so that none is idle
         num_workers=workers,
         persistent_workers=True,
         pin_memory=args.device.type == "cuda",
@@ -291,16 +317,21 @@ def augmentation(args):
         for _ in range(count // args.batch_size):
             training.augmentation()
 
-    t = interleaved({"ours": ours, "per image": per_image, "bare": training.bare}, args)
+    functions = {"ours": ours, "per image": per_image, "bare": training.bare}
+    t = medians(interleaved(functions, args, calls=1))
     bare = t["bare"] * count / args.batch_size
-    columns = ["", "views/s", "times ours", "% of an epoch"]
-    rows = [
-        [f"whole batches, on {args.device.type}", 2 * count / t["ours"], 1.0]
-        + [100 * t["ours"] / (t["ours"] + bare)],
-        [f"per image, {workers} processes", 2 * count / t["per image"], t["per image"] / t["ours"]]
-        + [100 * t["per image"] / (t["per image"] + bare)],
-    ]
-    table(f"Augmentation, batches of {args.batch_size}, {args.size} px", columns, rows)
+    beside = args.device.type == "cuda"  # the GPU trains while the workers augment
+    rows = []
+    for label, name in (
+        ("whole batches", "ours"),
+        (f"per image, {workers} processes", "per image"),
+    ):
+        epoch = max(t[name], bare) if beside and name == "per image" else t[name] + bare
+        share = 100 * (epoch - bare) / epoch
+        rows.append([label, 2 * count / t[name], t[name] / t["ours"], share])
+    columns = ["", "views/s", "times as long", "% of an epoch"]
+    title = f"Augmentation, batches of {args.batch_size}, {args.size} px, on {args.device.type}"
+    table(title, columns, rows)
 
 
 def variants(args):
@@ -310,12 +341,13 @@ def variants(args):
         return Training(name, args, **options)
 
     usual = other()
-    functions = {"as in the script": usual.bare, "both views in one forward": usual.together}
+    functions = {"as in the script": usual.bare, "backbone once for both views": usual.together}
     half = other()
     half.dtype = None if half.dtype else torch.bfloat16
-    functions["float32" if half.dtype is None else "bfloat16"] = half.bare
+    functions["float32, TF32 convolutions" if half.dtype is None else "bfloat16"] = half.bare
     functions["contiguous, not channels_last"] = other(channels_last=False).bare
-    functions["SGD, a loop over the tensors"] = other(foreach=False).bare
+    foreach = args.device.type == "cpu"  # the other one is the default
+    functions["SGD, foreach" if foreach else "SGD, a loop"] = other(foreach=foreach).bare
     functions["SGD, fused"] = other(fused=True).bare
     note = "not tried: --compile compiles for a minute" if args.no_compile else ""
     compiled = other()
@@ -327,15 +359,19 @@ def variants(args):
             functions["--compile"] = compiled.bare
             note = f"--compile took {time.perf_counter() - began:.0f} s before the first step"
         except Exception as error:
-            note = f"--compile: {type(error).__name__}: {str(error).splitlines()[0]}"
+            note = f"--compile: {type(error).__name__}: {str(error)[:200]}"
     for variant, function in list(functions.items()):  # bfloat16 takes minutes where it is emulated
         began = time.perf_counter()
-        function()
-        wait(args.device)
-        if time.perf_counter() - began > args.limit:
-            print(f"  {variant}: over {args.limit:g} s, left out", flush=True)
+        try:
+            function()
+            wait(args.device)
+            why = f"over {args.limit:g} s" if time.perf_counter() - began > args.limit else ""
+        except torch.OutOfMemoryError:
+            why = "no memory"
+        if why:
+            print(f"  {variant}: {why}, left out", flush=True)
             del functions[variant]
-    t = interleaved(functions, args)
+    t = medians(interleaved(functions, args))
     base = t["as in the script"]
     rows = [[variant, base / seconds, 1000 * seconds] for variant, seconds in t.items()]
     table(f"Variants of {name}'s bare step", ["", "times as fast", "ms"], rows)
@@ -348,20 +384,27 @@ def decode(args):
     total = args.images
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
-        small = nn.functional.interpolate(torch.rand(500, 3, 8, 8), 32, mode="bicubic").clamp(0, 1)
-        for i, image in enumerate(small):
+        count = min(500, total)
+        small = nn.functional.interpolate(torch.rand(count, 3, 8, 8), 32, mode="bicubic")
+        for i, image in enumerate(small.clamp(0, 1)):
             save_image(image, Path(folder, f"{i}.png"))
-        for i in range(500, total):
-            os.link(Path(folder, f"{i % 500}.png"), Path(folder, f"{i}.png"))
-        flags, threads, rows = parse_args(["--data", folder]), torch.get_num_threads(), []
-        for count in (threads, 1):
-            torch.set_num_threads(count)
-            began = time.perf_counter()
+        for i in range(count, total):
+            os.link(Path(folder, f"{i % count}.png"), Path(folder, f"{i}.png"))
+        flags, all_threads = parse_args(["--data", folder]), torch.get_num_threads()
+
+        def load(threads):
+            torch.set_num_threads(threads)
             load_split(flags, "train")
-            seconds = time.perf_counter() - began
-            rows.append([f"{count} threads", seconds, total / seconds])
-        torch.set_num_threads(threads)
-    table(f"Decoding {total} images of 32 px", ["", "seconds", "images/s"], rows)
+            torch.set_num_threads(all_threads)
+
+        functions = {f"{n} threads": lambda n=n: load(n) for n in sorted({1, all_threads})}
+        t = medians(interleaved(functions, args, calls=1, repeat=2))
+    rows = [[label, seconds, total / seconds] for label, seconds in t.items()]
+    table(
+        f"Decoding {total} images of 32 px ({count} distinct ones, cached)",
+        ["", "seconds", "images/s"],
+        rows,
+    )
 
 
 def sizes(args):
@@ -373,20 +416,20 @@ def sizes(args):
             growing += [[(64, side)] for side in (32, 64, 96, 224)]
             for series in growing:
                 for batch, size in series:
-                    label = f"{name}, batch {batch}, {size} px"
-                    if args.device.type == "cuda":
-                        torch.cuda.reset_peak_memory_stats()
+                    label = f"{name}, batch {batch}, {size} px{', other stem' if size > 64 else ''}"
                     try:
                         training = Training(name, args, batch, size)
                         began = time.perf_counter()
                         training.real()
                         wait(args.device)
                         if time.perf_counter() - began > args.limit:
-                            yield [label, f"over {args.limit:g} s", "", "", memory(args.device)]
+                            yield [label, f"over {args.limit:g} s", "", "", ""]
                             break
-                        t = interleaved({"real": training.real}, args)["real"]
-                        yield [label, 1000 * t, batch / t, 1000 * t / batch, memory(args.device)]
-                    except torch.OutOfMemoryError:
+                        t = medians(interleaved({"real": training.real}, args))["real"]
+                        yield [label, 1000 * t, batch / t, 1000 * t / batch, memory(training)]
+                    except RuntimeError as error:  # of memory, each library has its own words
+                        if "alloc" not in str(error).lower():
+                            raise
                         yield [label, "no memory", "", "", ""]
                         break
                     finally:
@@ -403,8 +446,16 @@ def probe(args):
     mix = torch.randn(512, 512, device=args.device) / 512**0.5
     h = (torch.randn(10, 512, device=args.device)[y] / 4 + torch.randn_like(mix)[0]) @ mix
     h = (h + torch.randn(len(y), 512, device=args.device) @ mix).relu()
-    t = interleaved({"fit": lambda: linear_probe(h, y)}, args)
-    table("linear_eval's fit", ["", "seconds"], [["50,000 features x 512", t["fit"]]])
+    results = []
+
+    def fit():
+        torch.manual_seed(0)
+        layer, decay = linear_probe(h, y)
+        results.append([100 * (layer(h).argmax(1) == y).float().mean().item(), decay])
+
+    t = medians(interleaved({"fit": fit}, args, calls=1))
+    columns = ["", "seconds", "train top-1", "decay"]
+    table("linear_eval's fit", columns, [["50,000 features x 512", t["fit"], *results[0]]])
 
 
 def parse_args(argv=None):
