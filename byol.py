@@ -1,28 +1,29 @@
 """BYOL: Bootstrap Your Own Latent, Grill et al. 2020, arXiv:2006.07733.
 
-    for x in batches:                       # Sec. 3.1
-        x1, x2 = augment(x), augment(x)     # two random views of every image
-        z1, z2 = f(x1), f(x2)               # f: backbone, then projector
-        p1, p2 = q(z1), q(z2)               # q: predictor
-        t1, t2 = f'(x1), f'(x2)             # f': the target network, without gradient
-        L = R(p1, t2) + R(p2, t1)           # R(p, t) = 2 - 2 cosine(p, t)
-        update f and q by the gradient of L
-        f' = tau f' + (1 - tau) f           # so the target follows f slowly
+    for x in batches:                           # Sec. 3.1
+        x1, x2 = augment(x), augment(x)         # two random views of every image
+        h1, h2 = backbone(x1), backbone(x2)     # features: what is kept in the end
+        z1, z2 = projector(h1), projector(h2)   # projections
+        p1, p2 = predictor(z1), predictor(z2)   # predictions
+        t1, t2 = target(x1), target(x2)         # a slow copy of backbone and projector
+        L = R(p1, t2) + R(p2, t1)               # R(p, t) = 2 - 2 cosine(p, t)
+        update all but the target by the gradient of L
+        target = tau target + (1 - tau) (backbone, projector)   # weight by weight
+
+Collapse: t is the same for all images, L can get to its minimum, 0, and nothing is learned. No term
+of L pushes images apart; what prevents it are predictor and target together (Sec. 3.2).
+Differs from the paper: SGD with lightly's values; tau from 0.99; SimSiam's crops, colors and blur.
 
     python byol.py && python linear_eval.py runs/byol/checkpoint.pt
-
-Differs from the paper: SGD with lightly's values; tau from 0.99; SimSiam's crops, colors and blur.
 """
 
 import argparse
 import copy
-import io
 import math
 import os
-import signal
 import sys
 import time
-from multiprocessing.pool import ThreadPool
+from glob import glob
 from pathlib import Path
 
 import torch
@@ -30,56 +31,70 @@ import torch.nn.functional as F
 import torchvision.transforms.v2.functional as TF
 from PIL import Image
 from torch import nn
-from torchvision import datasets, models, ops, utils
-from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
+from torchvision import datasets, models
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels
 BUILT_IN = {"cifar10": 32, "cifar100": 32, "stl10": 96}  # data sets and the side of their images
 SAVE_SECONDS = 60  # at least, from one checkpoint to the next
 
-
 # ------------------------------------------------------------------ 1. Augmentation
 def random_resized_crop(x):
-    """A random box of each image, resized to S x S, half of them mirrored: x (N, 3, S, S), 0-1."""
-    size = x.shape[-1]
-    area = torch.empty(len(x), 10, 1, device=x.device).uniform_(0.2, 1) * size**2  # ten tries
-    ratio = (4 / 3) ** torch.empty_like(area).uniform_(-1, 1)  # of width to height, 3/4 to 4/3
-    extent = torch.cat([area * ratio, area / ratio], 2).sqrt().round()  # (N, 10, 2) width, height
-    first = (extent <= size).all(2, keepdim=True).float().argmax(1, keepdim=True)  # that fits
-    extent = extent.take_along_dim(first, 1).transpose(1, 2).clamp(max=size)  # (N, 2, 1) pixels
-    corner = (torch.rand_like(extent) * (size - extent + 1)).floor()  # (N, 2, 1) upper left
-    centers = (torch.arange(size, device=x.device) + 0.5) / size  # (S,) of a view's pixels, 0-1
-    inside = (centers * extent).clamp(min=0.5).minimum(extent - 0.5)  # (N, 2, S) in the box
-    u, v = (2 * (corner + inside) / size - 1).unbind(1)  # (N, S) each, the image spans -1 to 1
-    u = torch.where(torch.rand(len(x), 1, device=x.device) < 0.5, u.flip(1), u)
-    grid = torch.stack(torch.broadcast_tensors(u[:, None, :], v[:, :, None]), 3)  # (N, S, S, 2)
-    return F.grid_sample(x, grid, align_corners=False)
+    """A random box of each image, resized to the image's size: x (B, 3, S, S)."""
+    S = x.shape[-1]
+    area = S**2 * x.new_empty(len(x), 10, 1).uniform_(0.2, 1)  # of ten boxes, in pixels
+    ratio = (4 / 3) ** x.new_empty(len(x), 10, 1).uniform_(-1, 1)  # of width to height
+    boxes = torch.cat([area * ratio, area / ratio], 2).sqrt().round()  # (B, 10, 2) sides
+    boxes = F.pad(boxes, (0, 0, 0, 1), value=S)  # (B, 11, 2): the last is the whole image
+    first = (boxes <= S).all(2).float().argmax(1)  # the first box that fits is taken
+    box = boxes.take_along_dim(first[:, None, None], 1)[:, 0]  # (B, 2) width, height
+    corner = (torch.rand_like(box) * (S - box + 1)).floor()  # (B, 2) left, top
 
+    # affine_grid counts from -1 at the left and top of an image to 1 at its right and bottom
+    center = (2 * corner + box) / S - 1
+    theta = torch.cat([torch.diag_embed(box / S), center[:, :, None]], 2)  # (B, 2, 3)
+    grid = F.affine_grid(theta, x.shape, align_corners=False)  # (B, S, S, 2)
+    return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
+
+def rotate_hue(x, turns):
+    """Turn the hue of RGB images x (B, 3, S, S) in 0-1 by turns (B, 1, 1) of the circle."""
+    r, g, b = x.unbind(1)  # (B, S, S) each
+    value, chroma = x.amax(1), x.amax(1) - x.amin(1)
+    unit = chroma.clamp(min=1e-8)  # gray has no chroma, and any hue
+
+    # RGB to hue, in sixths of the circle (red at 0, green at 2, blue at 4), and back
+    hue = torch.where(value == g, 2 + (b - r) / unit, 4 + (r - g) / unit)
+    hue = torch.where(value == r, (g - b) / unit, hue) + 6 * turns
+    k = [(n + hue) % 6 for n in (5, 3, 1)]  # for r, g, b
+    return torch.stack([value - chroma * torch.minimum(n, 4 - n).clamp(0, 1) for n in k], 1)
 
 def augment(images, solarize=0.0):
-    """A random view of each: (N, 3, S, S) uint8 -> normalized float. solarize: probability."""
-    x = random_resized_crop(images / 255)
-    jitter, gray, blur, solar, *factors, turns = torch.rand(8, len(x), 1, 1, 1, device=x.device)
-    factors = [1 + (jitter < 0.8) * 0.4 * (2 * f - 1) for f in factors]  # a fifth: all are 1
-    for i in torch.randperm(4).tolist():
-        if i < 3:  # brightness, contrast, saturation: blend with black, mean gray, the gray image
-            luma = TF.rgb_to_grayscale(x)  # (N, 1, S, S)
-            other = (torch.zeros_like(luma), luma.mean((2, 3), keepdim=True), luma)[i]
-            x = torch.lerp(other, x, factors[i]).clamp(0, 1)
-        else:  # hue in HSV: of a full turn of 6 (r at 0, g 2, b 4) up to a tenth, 0.6, is added
-            value, top = x.max(1, keepdim=True)  # (N, 1, S, S), and which channel it is
-            chroma = value - x.amin(1, keepdim=True)
-            offset = (x.roll(-1, 1) - x.roll(-2, 1)).gather(1, top)  # g - b, b - r or r - g
-            hue = 2 * top + offset / chroma.clamp(min=1e-8) + (jitter < 0.8) * 0.6 * (2 * turns - 1)
-            hue = (hue + 5 - 2 * torch.arange(3, device=x.device).view(3, 1, 1)) % 6  # (N, 3, S, S)
-            x = value - chroma * torch.minimum(hue, 4 - hue).clamp(0, 1)  # HSV to RGB
-    x = torch.where(gray < 0.2, TF.rgb_to_grayscale(x), x)
-    if x.shape[-1] > 64:  # smaller images stay sharp; kernel: a tenth of the side
-        sigma = 0.1 + 1.9 * torch.rand(()).item()  # one for all, drawn on the CPU
-        x = torch.where(blur < 0.5, TF.gaussian_blur(x, x.shape[-1] // 20 * 2 + 1, sigma), x)
-    x = torch.where((solar < solarize) & (x >= 0.5), 1 - x, x)  # invert bright values
-    return torch.stack([(c - m) / s for c, m, s in zip(x.unbind(1), MEAN, STD)], 1)
+    """A random view of each image: (B, 3, S, S) uint8 -> float32 in 0-1. SimSiam App. A."""
 
+    def draw(low, high):  # a number for each image
+        return torch.empty(len(images), 1, 1, 1, device=images.device).uniform_(low, high)
+
+    x = random_resized_crop(images / 255)
+    x = torch.where(draw(0, 1) < 0.5, x.flip(3), x)
+
+    jittered = x
+    for change in torch.randperm(4).tolist():  # one order for the batch, drawn on the CPU
+        gray = TF.rgb_to_grayscale(jittered)  # (B, 1, S, S)
+        if change < 3:  # brightness, contrast, saturation: less or more like one of these
+            other = (0 * gray, gray.mean((2, 3), keepdim=True), gray)[change]
+            jittered = torch.lerp(other, jittered, draw(0.6, 1.4)).clamp(0, 1)
+        else:
+            jittered = rotate_hue(jittered, draw(-0.1, 0.1)[:, 0])
+    x = torch.where(draw(0, 1) < 0.8, jittered, x)
+    x = torch.where(draw(0, 1) < 0.2, TF.rgb_to_grayscale(x), x)
+    if x.shape[-1] > 64:  # smaller images stay sharp; kernel: a tenth of the side
+        sigma = torch.empty(1).uniform_(0.1, 2).item()  # one for the batch, from the CPU
+        blurred = TF.gaussian_blur(x, x.shape[-1] // 20 * 2 + 1, sigma)
+        x = torch.where(draw(0, 1) < 0.5, blurred, x)
+    return torch.where((draw(0, 1) < solarize) & (x >= 0.5), 1 - x, x)  # invert bright values
+
+def normalize(x):
+    """Pictures x (B, 3, S, S) in 0-1 to what the network takes: mean 0, deviation 1."""
+    return torch.stack([(c - m) / s for c, m, s in zip(x.unbind(1), MEAN, STD)], 1)
 
 # ------------------------------------------------------------------ 2. Model
 def build_backbone(arch, size):
@@ -91,12 +106,19 @@ def build_backbone(arch, size):
         backbone.maxpool = nn.Identity()
     return backbone
 
-
 # ------------------------------------------------------------------ 3. Loss and method
 def regression_loss(p, t):
-    """Eq. (2), mean over the batch: p, t (B, dim) -> |p - t|^2 of the normalized, from 0 to 4."""
+    """Eq. (2), mean over the batch: p, t (B, dim), normalized -> |p - t|^2, from 0 to 4."""
     return 2 - 2 * F.cosine_similarity(p.float(), t.float(), dim=1).mean()
 
+def mlp(inputs, hidden, dim):
+    """A projector or predictor, Sec. 3.3: (B, inputs) -> (B, dim)."""
+    return nn.Sequential(
+        nn.Linear(inputs, hidden),
+        nn.BatchNorm1d(hidden),
+        nn.ReLU(),
+        nn.Linear(hidden, dim, bias=False),
+    )
 
 class BYOL(nn.Module):
     """Each view predicts the other's target. backbone: a ResNet with identity fc."""
@@ -104,197 +126,174 @@ class BYOL(nn.Module):
     def __init__(self, backbone, hidden=4096, dim=256):
         super().__init__()
         self.backbone = backbone
-        self.projector = ops.MLP(backbone.inplanes, [hidden, dim], norm_layer=nn.BatchNorm1d)
-        self.predictor = ops.MLP(dim, [hidden, dim], norm_layer=nn.BatchNorm1d)
-        self.target = copy.deepcopy(nn.Sequential(backbone, self.projector)).requires_grad_(False)
+        self.projector = mlp(backbone.inplanes, hidden, dim)
+        self.predictor = mlp(dim, hidden, dim)
+        self.target = copy.deepcopy(nn.Sequential(self.backbone, self.projector))
+        self.target.requires_grad_(False)
 
     def forward(self, x1, x2):
-        """Two views (B, 3, S, S) -> the loss, summed over both directions, and z1 (B, dim)."""
-        z1, z2 = self.projector(self.backbone(x1)), self.projector(self.backbone(x2))  # (B, dim)
-        p1, p2 = self.predictor(z1), self.predictor(z2)  # (B, dim)
-        with torch.no_grad():
-            t1, t2 = self.target(x1), self.target(x2)  # (B, dim)
-        return regression_loss(p1, t2) + regression_loss(p2, t1), z1
-
-    @torch.no_grad()
-    def update_target(self, decay):
-        """Eq. (1): target <- decay * target + (1 - decay) * (backbone, projector), by weight."""
-        online = [*self.backbone.parameters(), *self.projector.parameters()]
-        torch._foreach_lerp_([*self.target.parameters()], online, 1 - decay)  # one call for all
-
+        """Two views (B, 3, S, S) -> the loss, the sum of both ways, and p1 (B, dim)."""
+        h1, h2 = self.backbone(x1), self.backbone(x2)  # features (B, inplanes)
+        z1, z2 = self.projector(h1), self.projector(h2)  # projections (B, dim)
+        p1, p2 = self.predictor(z1), self.predictor(z2)  # predictions (B, dim)
+        t1, t2 = self.target(x1).detach(), self.target(x2).detach()  # targets (B, dim)
+        return regression_loss(p1, t2) + regression_loss(p2, t1), p1
 
 # ------------------------------------------------------------------ 4. Data
-def load_split(args, split):
-    """Decode a split: (N, 3, S, S) uint8, labels (N,), -1: none. Raises OSError or ValueError."""
+def load_split(args, split, rank=0, world=1):
+    """Every world-th image of a split: (N, 3, S, S) uint8; the labels of all, -1 for none."""
     if args.data in BUILT_IN:
-        dataset = getattr(datasets, args.data.upper())
+        part = split if args.data == "stl10" else split == "train"
+        data = getattr(datasets, args.data.upper())(args.data_dir, part, download=world == 1)
+    else:  # a folder, of which glob passes over what is hidden
+        kinds = Image.registered_extensions()
+        files = [Path(f) for f in sorted(glob("**/*.*", root_dir=args.data, recursive=True))]
+        files = [f for f in files if "image/" in Image.MIME.get(kinds.get(f.suffix.lower()), "")]
+        in_class = {s: [f for f in files if f.parts[0] == s and f.parts[2:]]
+                    for s in ("train", "test", "val")}
+        names = {s: {f.parts[1] for f in in_class[s]} for s in in_class}
+        tests = [in_class[s] for s in ("test", "val") if set() < names[s] <= names["train"]] + [[]]
+        alone = [f for f in files if f.parts[0] == "train"] or files  # if there are no classes
+        files = tests[0] if split == "test" else in_class["train"] or alone
+        number = {name: i for i, name in enumerate(sorted(names["train"]))}
+        data = [(Path(args.data, f), number[f.parts[1]] if number else -1) for f in files]
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[: args.subset]
+    labels, mine = torch.tensor([data[i][1] for i in order.tolist()]), order[rank::world].tolist()
+    images = torch.empty(len(mine), 3, args.size, args.size, dtype=torch.uint8)
+    for row, i in enumerate(mine):
+        picture = data[i][0]  # or its path
         try:
-            part = split if args.data == "stl10" else split == "train"
-            data = dataset(args.data_dir, part, download="RANK" not in os.environ)  # not torchrun
-        except (OSError, RuntimeError) as error:
-            raise OSError(f"{dataset.url}: {error}; see --data-dir and --data FOLDER") from error
-    elif Path(args.data, split).is_dir():
-        if len({str(find_classes(Path(args.data, s))) for s in ("train", split)}) > 1:
-            raise ValueError(f"--data {args.data}: {split}/ has other classes than train/")
-        data = datasets.ImageFolder(Path(args.data, split)).samples  # data[i]: a path, its label
-    else:
-        data = make_dataset(args.data, {"": -1}, IMG_EXTENSIONS, allow_empty=True)  # any depth
-    if not data:
-        raise FileNotFoundError(f"--data {args.data}: neither a folder of images nor {[*BUILT_IN]}")
-    torch.manual_seed(args.seed)
-    order = torch.randperm(len(data))[: args.subset].tolist()
-
-    def decode(i):
-        im, label = data[i]  # the image, or its path
-        try:
-            im = im if args.data in BUILT_IN else Image.open(im)  # then 16 bits to 8, to RGB
-            im = (im.point(lambda v: v / 256) if im.mode[:4] == "I;16" else im).convert("RGB")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise ValueError(f"cannot read {data[i][0]}: {error}") from error
-        return TF.pil_to_tensor(TF.center_crop(TF.resize(im, args.size), args.size)), label
-
-    with ThreadPool(torch.get_num_threads()) as pool:
-        images, labels = zip(*pool.imap(decode, order, 100))  # by the hundred
-    return torch.stack(images), torch.tensor(labels)
-
+            x = picture if args.data in BUILT_IN else Image.open(picture)
+            assert x.mode[0] not in "IF" or x.mode == "I;16", f"{x.mode} has more than 8 bits"
+            x = (x.point(lambda value: value / 256) if x.mode == "I;16" else x).convert("RGB")
+            images[row] = TF.pil_to_tensor(TF.center_crop(TF.resize(x, args.size), args.size))
+        except Exception as error:
+            sys.exit(f"cannot read {picture}: {error}")
+    return images, labels
 
 # ------------------------------------------------------------------ 5. Monitoring
 @torch.no_grad()
 def knn_accuracy(backbone, train, test, device, k=200, temperature=0.1):
     """Top-1 in %: the k nearest in train vote. train, test: images (N, 3, S, S), labels (N,)."""
     backbone.eval()  # Wu et al. 2018, Sec. 3.4
-    chunks = [*train[0].split(500), *test[0].split(500)]
-    h = [F.normalize(backbone(TF.normalize(x.to(device) / 255, MEAN, STD))) for x in chunks]
-    bank, queries = torch.cat(h).split([len(train[0]), len(test[0])])  # (N, D)
-    labels, votes = F.one_hot(train[1]).float().to(device), []  # (N, classes)
-    for q in queries.split(500):
+    h = [backbone(normalize(x.to(device) / 255)) for s in (train, test) for x in s[0].split(500)]
+    bank, queries = F.normalize(torch.cat(h)).split([len(train[0]), len(test[0])])  # (N, D)
+    labels, hits = train[1].to(device), 0
+    for q, y in zip(queries.split(500), test[1].to(device).split(500)):
         cosine, nearest = (q @ bank.T).topk(min(k, len(bank)))  # (500, k)
-        votes.append(torch.einsum("qk,qkc->qc", (cosine / temperature).exp(), labels[nearest]))
+        votes = q.new_zeros(len(q), int(labels.max()) + 1)  # (500, classes)
+        votes.scatter_add_(1, labels[nearest], (cosine / temperature).exp())
+        hits += (votes.argmax(1) == y).sum().item()
     backbone.train()
-    return 100 * (torch.cat(votes).argmax(1).cpu() == test[1]).float().mean().item()
-
+    return 100 * hits / len(queries)
 
 # ------------------------------------------------------------------ 6. Training
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument
+    add, switch = parser.add_argument, argparse.BooleanOptionalAction
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    devices = ["cuda", "cpu", "mps"][not gpus :] + gpus * ("RANK" not in os.environ)
     add("--data", default="cifar10", help="cifar10, cifar100, stl10, or a folder of images")
     add("--data-dir", default="data", help="where the built-in sets are, or get downloaded")
     add("--size", type=int, help="side of the images in pixels, None: the set's, for a folder 32")
-    add("--subset", type=int, help="use that many images of each split, drawn with the seed")
+    add("--subset", type=int, help="take that many images of each split, always the same")
     add("--arch", default="resnet18", choices=["resnet18", "resnet34", "resnet50"], help="backbone")
     add("--epochs", type=int, default=100, help="passes over the images")
     add("--batch-size", type=int, default=512, help="images a step, each in two views")
-    add("--lr", type=float, default=0.12, help="learning rate per 256 images of the batch")
+    add("--lr", type=float, default=0.03, help="learning rate per 256 images of the batch")
     add("--weight-decay", type=float, default=5e-4, help="L2 penalty")
     add("--seed", type=int, default=0, help="of weights, order and augmentation")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"])
+    add("--device", default=devices[0], choices=devices, help="under torchrun without a number")
+    add("--bf16", action=switch, help="compute in bfloat16, None: on a GPU that has it")
     add("--out", default=f"runs/{Path(__file__).stem}", help="folder of the run")
-    add("--resume", action="store_true", help="go on from --out; give the other flags as before")
-    add("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile")
+    add("--resume", action="store_true", help="go on from the checkpoint in --out, if there is one")
     add("--ema-decay", type=float, default=0.99, help="tau, of the target; rises to 1 (Sec. 3.3)")
     args = parser.parse_args(argv, argparse.Namespace(method="BYOL"))
     args.size = BUILT_IN.get(args.data, 32) if args.size is None else args.size
-    for name, least in (("size", 8), ("subset", 1), ("epochs", 1), ("batch_size", 2), ("lr", 0)):
-        if vars(args)[name] is not None and not vars(args)[name] >= least:  # nor NaN
-            raise ValueError(f"--{name.replace('_', '-')} {vars(args)[name]} is less than {least}")
     return args
-
 
 def main(argv=None):
     args = parse_args(argv)
-    device, out, safe = torch.device(args.device), Path(args.out), 0  # safe: the last epoch saved
-    if (out / "checkpoint.pt").exists() and not args.resume:
-        raise FileExistsError(f"{out} holds a checkpoint: go on with --resume, or change --out")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {device}: no GPU is available, take --device cpu")
+    checkpoint, resume = Path(args.out, "checkpoint.pt"), vars(args).pop("resume")
+    if checkpoint.exists() and not resume:
+        sys.exit(f"{checkpoint} exists: go on with --resume, or choose another --out")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
-    stop = argparse.ArgumentParser().exit  # prints a line to standard error and ends
-    for n in (signal.SIGINT, signal.SIGTERM) if rank == 0 else ():  # Ctrl-C, and schedulers' kill
-        signal.signal(n, lambda n, _: stop(128 + n, f"{safe} epochs saved, go on with --resume\n"))
-    torch.backends.cudnn.benchmark = torch.backends.cudnn.allow_tf32 = True
-    train = load_split(args, "train")
-    images = load_split(args, "unlabeled")[0] if args.data == "stl10" else train[0]
-    labeled = train[1][0] >= 0 and (args.data in BUILT_IN or Path(args.data, "test").is_dir())
-    test = load_split(args, "test") if labeled and rank == 0 else None
-    steps = len(images) // args.batch_size  # an epoch; the rest of the images sit this one out
-    if steps == 0 or args.batch_size % world or len(images) < (args.subset or 0):
-        raise ValueError(f"only {len(images)} images: lower --subset or --batch-size ({world} x n)")
-    model = BYOL(build_backbone(args.arch, args.size))
-    if world > 1:  # under torchrun: a process for each GPU, which works on its part of every batch
+    device, gpu = torch.device(args.device), args.device.startswith("cuda")
+    torch.cuda.set_device(device.index or int(os.environ.get("LOCAL_RANK", 0)) if gpu else -1)
+    if args.bf16 is None:
+        args.bf16 = gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+    if world > 1:  # a process for each GPU, which takes its part of the images and batches
         torch.distributed.init_process_group()
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) if device.type == "cuda" else -1)
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model) if device.type == "cuda" else model
-    model.to(device, memory_format=torch.channels_last)
-    network = torch.compile(model) if args.compile else model
-    network = nn.parallel.DistributedDataParallel(network) if world > 1 else network
-    fits = device.type != "cuda" or images.nbytes < torch.cuda.mem_get_info(device)[0] / 2
+
+    # Data: on the GPU if they fit into half of its free memory
+    stl10 = args.data == "stl10"  # which trains on its unlabeled images
+    images, labels = load_split(args, "unlabeled" if stl10 else "train", rank, world)
+    args.images, steps, part = len(labels), len(labels) // args.batch_size, args.batch_size // world
+    if steps == 0 or part * world < args.batch_size:
+        sys.exit(f"--data {args.data}: {args.images} images; lower --batch-size ({world} x n)")
+    fits = not gpu or images.nbytes < torch.cuda.mem_get_info()[0] / 2
     images = images.to(device) if fits else images
-    peak, log, saved = args.lr * args.batch_size / 256, [], time.time()
-    optimizer = torch.optim.SGD(model.parameters(), peak, 0.9, weight_decay=args.weight_decay)
-    if args.resume:
-        state = torch.load(out / "checkpoint.pt", map_location=device, weights_only=True)
-        for name, value in [i for i in vars(args).items() if i not in state["args"].items()]:
-            if name not in ("lr", "epochs", "device", "data_dir", "out", "resume", "compile"):
-                raise ValueError(f"{out} has {name} {state['args'].get(name)}, not {value}")
+    bank, labels = load_split(args, "train", rank, world) if stl10 else (images, labels)
+    test = load_split(args, "test") if rank == 0 else None
+
+    # Network
+    torch.manual_seed(args.seed)
+    model = BYOL(build_backbone(args.arch, args.size))
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(model) if world > 1 and gpu else model
+    model.to(device, memory_format=torch.channels_last)
+    network = nn.parallel.DistributedDataParallel(model) if world > 1 else model
+    optimizer = torch.optim.SGD(model.parameters(), momentum=0.9, weight_decay=args.weight_decay)
+
+    # Go on from a checkpoint
+    state, saved_at = {"epoch": 0, "log": []}, time.time()
+    if checkpoint.exists():
+        state = torch.load(checkpoint, map_location=device, weights_only=True)
+        for name, value in sorted(vars(args).items() - state["args"].items()):
+            if name not in ("lr", "epochs", "device", "bf16", "data", "data_dir", "out"):
+                sys.exit(f"{checkpoint} has {name} {state['args'].get(name)}, not {value}")
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        safe, log = state["epoch"], state["log"]
+
+    # Train
     if rank == 0:
-        print(f"{len(images)} images of {args.size} px{'' if test else ', no test labels: no kNN'}")
-        out.mkdir(parents=True, exist_ok=True)
-        x = images[:8].to(device)
-        v = torch.stack([TF.normalize(x / 255, MEAN, STD), augment(x), augment(x, 0.2)], 1)
-        v = TF.normalize(v, [-m / s for m, s in zip(MEAN, STD)], [1 / s for s in STD])
-        utils.save_image(F.interpolate(v.flatten(0, 1), 128), out / "views.png", nrow=3, padding=8)
-    for epoch in range(safe + 1, args.epochs + 1):
-        torch.manual_seed(args.seed * 1_000_000 + epoch)  # so a resumed run draws the same
-        order = torch.randperm(len(images))[: steps * args.batch_size].view(steps, world, -1)
-        torch.manual_seed((args.seed * 1_000_000 + epoch) * 1000 + rank)  # every rank other views
-        total, epoch_began = torch.zeros((), device=device), time.time()
-        for step, batch in enumerate(order[:, rank].to(images.device), (epoch - 1) * steps):
-            done = (step + 0.5) / (args.epochs * steps)  # the share of the run
-            anneal = (1 + math.cos(math.pi * done)) / 2  # from 1 to 0
-            optimizer.param_groups[0]["lr"] = lr = peak * anneal * min(1, 10 * done)  # warm-up
-            x = images[batch] if fits else images[batch].pin_memory().to(device, non_blocking=True)
+        print(f"{args.images} images, {len(test[1])} test images, {device}, bf16: {args.bf16}")
+    for epoch in range(state["epoch"] + 1, args.epochs + 1):
+        torch.manual_seed(hash((args.seed, epoch, rank)))  # so that a resumed run draws the same
+        order = torch.randperm(len(images))[: steps * part].view(steps, part).to(images.device)
+        total, began = torch.zeros((), device=device), time.time()
+        for step, rows in enumerate(order, (epoch - 1) * steps):
+            anneal = (1 + math.cos(math.pi * (step + 0.5) / (args.epochs * steps))) / 2  # 1 to 0
+            optimizer.param_groups[0]["lr"] = lr = args.lr * args.batch_size / 256 * anneal
+            x = images[rows] if fits else images[rows].pin_memory().to(device, non_blocking=True)
             x1, x2 = augment(x), augment(x, solarize=0.2)
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                loss, z1 = network(x1, x2)
+            with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
+                loss, p = network(normalize(x1), normalize(x2))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            model.update_target(1 - (1 - args.ema_decay) * anneal)
+            for t, weight in zip(model.target.parameters(), model.parameters()):  # from the top
+                t.data.lerp_(weight.data, (1 - args.ema_decay) * anneal)  # Eq. (1), to 1 - tau
             total += loss.detach()  # not .item(): the host would wait for the GPU
-            if sys.stderr.isatty() and rank == 0:
-                print(f"step {step % steps + 1}/{steps}", end="\r", file=sys.stderr, flush=True)
-        std = F.normalize(z1.detach().float()).std(0).mean() * z1.shape[1] ** 0.5  # SimSiam Fig. 2
-        loss, spread = torch.stack([total / steps, std]).tolist()  # spread 0: collapsed, 1: even
         if rank > 0:
             continue
-        if not (math.isfinite(loss) and all(p.isfinite().all() for p in model.parameters())):
-            raise ValueError(f"epoch {epoch}: the loss is {loss}: lower --lr; {safe} epochs saved")
-        row = {"epoch": epoch, "loss": loss, "spread": spread, "kNN": "", "lr": lr}
-        row["images/s"] = steps * args.batch_size / (time.time() - epoch_began)
-        if test and epoch * 10 // args.epochs > (epoch - 1) * 10 // args.epochs:  # ten times a run
-            row["kNN"] = knn_accuracy(model.backbone, train, test, device)
-        row["minutes left"] = (args.epochs - epoch) * (time.time() - epoch_began) / 60
-        line = [f"{name} {x:.4g} " for name, x in row.items() if x != ""]
-        print(*line, "" if spread >= 0.1 else "collapsed?", flush=True)
-        log.append(",".join(map(str, row.values())))
-        (out / "log.csv").write_text("\n".join([",".join(row), *log]) + "\n")
-        if epoch == args.epochs or time.time() - saved >= SAVE_SECONDS:
-            state = {"backbone": model.backbone.state_dict(), "model": model.state_dict()}
+        spread = F.normalize(p.detach().float()).std(0).mean().item() * p.shape[1] ** 0.5
+        row = {"epoch": epoch, "loss": total.item() / steps, "spread": spread, "kNN": "", "lr": lr}
+        row["images/s"] = steps * args.batch_size / (time.time() - began)
+        if len(test[1]) and epoch * 10 // args.epochs > (epoch - 1) * 10 // args.epochs:
+            row["kNN"] = knn_accuracy(model.backbone, (bank, labels[::world]), test, device)
+        print(*(f"{k} {v:.4g} " for k, v in row.items() if v != ""), "collapsed?" * (spread < 0.1))
+        if not math.isfinite(row["loss"]):
+            sys.exit("the loss is not finite: lower --lr")
+        state["log"].append(",".join(map(str, row.values())))
+        checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        Path(args.out, "log.csv").write_text("\n".join([",".join(row), *state["log"]]) + "\n")
+        if epoch == args.epochs or time.time() - saved_at >= SAVE_SECONDS:
+            state |= {"backbone": model.backbone.state_dict(), "model": model.state_dict()}
             state |= {"optimizer": optimizer.state_dict(), "epoch": epoch, "args": vars(args)}
-            torch.save(state | {"log": log}, buffer := io.BytesIO())
-            (out / "checkpoint.tmp").write_bytes(buffer.getvalue())  # on a full disk an OSError
-            (out / "checkpoint.tmp").replace(out / "checkpoint.pt")  # a killed run leaves no half
-            safe, saved = epoch, time.time()
-            print(f"saved, to measure: python linear_eval.py {out}/checkpoint.pt", flush=True)
-
+            torch.save(state, checkpoint.with_suffix(".tmp"))
+            checkpoint.with_suffix(".tmp").replace(checkpoint)  # a killed run leaves no half
+            saved_at = time.time()
+            print(f"saved epoch {epoch}; measure: python linear_eval.py {checkpoint}", flush=True)
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (OSError, ValueError, torch.OutOfMemoryError) as error:  # one line, no traceback
-        hint = "; lower --batch-size" if isinstance(error, torch.OutOfMemoryError) else ""
-        argparse.ArgumentParser().exit(2, f"{sys.argv[0]}: {error}{hint}\n")
+    main()

@@ -89,8 +89,7 @@ def load_split(args, split):
             data = datasets.ImageFolder(Path(args.data, split), loader=Image.open)
     except (OSError, RuntimeError) as error:
         raise OSError(f"--data {args.data}: {error}; see --data-dir and --data FOLDER") from error
-    torch.manual_seed(args.seed)
-    order = torch.randperm(len(data))[: args.subset].tolist()
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[: args.subset]
 
     def decode(i):
         try:
@@ -101,7 +100,7 @@ def load_split(args, split):
         return TF.pil_to_tensor(TF.center_crop(TF.resize(im, args.size), args.size)), label
 
     with ThreadPool(torch.get_num_threads()) as pool:
-        images, labels = zip(*pool.imap(decode, order, 100))  # by the hundred
+        images, labels = zip(*pool.imap(decode, order.tolist(), 100))  # by the hundred
     return torch.stack(images), torch.tensor(labels), data.classes
 
 
@@ -234,10 +233,10 @@ def parse_args(argv=None):
     add("--data", help="cifar10, cifar100, stl10, or a folder with train/<class>/, test/<class>/")
     add("--data-dir", help="where the built-in sets are, or get downloaded")
     add("--size", type=int, help="side of the images; this, --data, --data-dir: as in training")
-    add("--subset", type=int, help="use that many images of each split, drawn with the seed")
+    add("--subset", type=int, help="take that many images of each split, always the same")
     add("--label-fraction", type=float, default=1.0, help="fit on that share of each class")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"])
-    add("--seed", type=int, default=0, help="of held-out tenth, subset and untrained network")
+    add("--seed", type=int, default=0, help="of the held-out tenth and the untrained network")
     add("--pictures", type=Path, help="folder for neighbors.png, map.png and map_classes.png")
     add("--out", type=Path, help="save the layer there: nn.Linear's state_dict, for raw features")
     return parser.parse_args(argv)

@@ -93,7 +93,7 @@ def loop_lines(script):
     tree = ast.parse(inspect.getsource(script.main))
     loops = [node for node in ast.walk(tree) if isinstance(node, ast.For)]
     loop = next(
-        node for node in loops if ast.unparse(node.target) in ("step, batch", "(step, batch)")
+        node for node in loops if ast.unparse(node.target) in ("step, rows", "(step, rows)")
     )
     return compile(ast.Module(loop.body, []), f"{script.__file__}: the loop", "exec")
 
@@ -109,7 +109,7 @@ class Training:
         self.flags = self.script.parse_args([*flags, "--device", args.device.type])
         self.loss = getattr(self.script, LOSSES[name])
         torch.manual_seed(0)
-        torch.backends.cudnn.benchmark = torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
         backbone = self.script.build_backbone("resnet18", size)
         model = getattr(self.script, CLASSES[name])(backbone).to(args.device)
         self.model = model.to(memory_format=torch.channels_last) if channels_last else model
@@ -121,10 +121,12 @@ class Training:
             self.model.parameters(), 1e-3, 0.9, weight_decay=5e-4, **sgd
         )
         self.order = torch.randperm(2 * self.batch_size, device=args.device).view(2, -1)
-        self.views = [self.script.augment(self.images[row]) for row in self.order]
+        pictures = [self.script.augment(self.images[row]) for row in self.order]
+        self.views = [self.script.normalize(x) for x in pictures]
         if not channels_last:
             self.views = [view.contiguous() for view in self.views]
         self.dtype = torch.bfloat16 if args.device.type == "cuda" else None
+        self.flags.bf16 = self.dtype is not None
         self.count = 0
         self.code = loop_lines(self.script)
         self.names = vars(self.script) | {
@@ -135,15 +137,13 @@ class Training:
             "model": self.model,
             "network": self.network,
             "optimizer": self.optimizer,
-            "peak": 1e-3,
-            "rank": 1,  # which prints nothing
             "steps": 100,
             "total": torch.zeros((), device=self.device),
         }
 
     def real(self):
         """The lines of the script's loop, with the next batch."""
-        self.names |= {"step": self.count % 1000, "batch": self.order[self.count % 2]}
+        self.names |= {"step": self.count % 1000, "rows": self.order[self.count % 2]}
         exec(self.code, self.names)
         self.count += 1
 
@@ -165,7 +165,7 @@ class Training:
             setattr(self.script, LOSSES[self.name], self.loss)
 
     def bare(self):
-        """Forward, backward and update on two views that lie there."""
+        """Forward, backward and update on two views that lie there, normalized."""
         with self.mean_for_a_loss(), self.autocast():
             loss, _ = self.network(*self.views)
         self.optimizer.zero_grad()
@@ -188,7 +188,7 @@ class Training:
     def augmentation(self):
         x = self.images[self.order[0]]
         for _ in range(2):
-            self.script.augment(x)
+            self.script.normalize(self.script.augment(x))
 
     def loss_alone(self):
         width = 128 if self.name == "simclr" else 256 if self.name == "byol" else 2048
@@ -203,7 +203,8 @@ class Training:
             (self.loss(a, b.detach()) + self.loss(b, a.detach())).backward()
 
     def moving_average(self):
-        self.model.update_target(0.99)
+        for t, weight in zip(self.model.target.parameters(), self.model.parameters()):
+            t.data.lerp_(weight.data, 0.01)
 
 
 class _Next(nn.Module):
@@ -349,17 +350,17 @@ def variants(args):
     foreach = args.device.type == "cpu"  # the other one is the default
     functions["SGD, foreach" if foreach else "SGD, a loop"] = other(foreach=foreach).bare
     functions["SGD, fused"] = other(fused=True).bare
-    note = "not tried: --compile compiles for a minute" if args.no_compile else ""
+    note = "torch.compile is not tried: it takes a minute" if args.no_compile else ""
     compiled = other()
     if not note:
         compiled.network = torch.compile(compiled.model)
         began = time.perf_counter()
         try:
             compiled.bare()
-            functions["--compile"] = compiled.bare
-            note = f"--compile took {time.perf_counter() - began:.0f} s before the first step"
+            functions["torch.compile"] = compiled.bare
+            note = f"torch.compile took {time.perf_counter() - began:.0f} s before the first step"
         except Exception as error:
-            note = f"--compile: {type(error).__name__}: {str(error)[:200]}"
+            note = f"torch.compile: {type(error).__name__}: {str(error)[:200]}"
     for variant, function in list(functions.items()):  # bfloat16 takes minutes where it is emulated
         began = time.perf_counter()
         try:
@@ -390,14 +391,8 @@ def decode(args):
             save_image(image, Path(folder, f"{i}.png"))
         for i in range(count, total):
             os.link(Path(folder, f"{i % count}.png"), Path(folder, f"{i}.png"))
-        flags, all_threads = parse_args(["--data", folder]), torch.get_num_threads()
-
-        def load(threads):
-            torch.set_num_threads(threads)
-            load_split(flags, "train")
-            torch.set_num_threads(all_threads)
-
-        functions = {f"{n} threads": lambda n=n: load(n) for n in sorted({1, all_threads})}
+        flags = parse_args(["--data", folder])
+        functions = {"decode": lambda: load_split(flags, "train")}
         t = medians(interleaved(functions, args, calls=1, repeat=2))
     rows = [[label, seconds, total / seconds] for label, seconds in t.items()]
     table(

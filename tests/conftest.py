@@ -1,7 +1,6 @@
 """What the tests share: the scripts as modules, a small image folder, a run of each script."""
 
 import importlib
-import signal
 import sys
 from pathlib import Path
 
@@ -23,16 +22,6 @@ class Small(torch.nn.Sequential):
     def __init__(self, *_):
         pool, linear = torch.nn.AdaptiveAvgPool2d(1), torch.nn.Linear(3, 4)
         super().__init__(pool, torch.nn.Flatten(), linear, torch.nn.BatchNorm1d(4))
-
-
-@pytest.fixture(autouse=True)
-def keep_signal_handlers():
-    """A run sets its own for Ctrl-C and SIGTERM; give pytest's back."""
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.getsignal(number) for number in numbers]
-    yield
-    for number, handler in zip(numbers, before):
-        signal.signal(number, handler)
 
 
 @pytest.fixture(params=METHODS)
@@ -64,7 +53,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def arguments(folder):
     """The flags of a run of a few seconds."""
-    flags = f"--data {folder} --size 8 --epochs 2 --batch-size 16 --device cpu"
+    flags = f"--data {folder} --size 8 --epochs 2 --batch-size 16 --lr 0.1 --device cpu"
     return flags.split()
 
 

@@ -33,7 +33,7 @@ def test_the_real_step_is_the_one_of_the_script(method, monkeypatch):
         names = [name for name, _ in training.model.named_parameters()]
         assert any(c for name, c in zip(names, changed) if name.startswith("target"))
     assert training.names["total"] != 0  # the loss was added
-    assert training.names["lr"] < 1e-3  # and the schedule kept
+    assert training.names["lr"] == pytest.approx(training.flags.lr * 4 / 256, rel=1e-3)  # the peak
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -70,5 +70,6 @@ def test_the_tables(capsys):
         for start in ("whole batches", "per image")
     )
     assert float(theirs[-2]) == pytest.approx(float(ours[-3]) / float(theirs[-3]), rel=0.01)
-    assert 0 < float(ours[-1]) < float(theirs[-1]) < 100
-    assert sum("threads" in line for line in lines) == 3
+    assert 0 < float(ours[-1]) < 100
+    assert 0 < float(theirs[-1]) < 100
+    assert sum("decode" in line for line in lines) == 1

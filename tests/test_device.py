@@ -1,0 +1,158 @@
+"""The CUDA path without a GPU: what runs where, in which precision, and that nothing travels."""
+
+import os
+
+import pytest
+import torch
+from conftest import METHODS, Small
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
+
+
+class NoTransfer(TorchDispatchMode):
+    """Fails on a copy between devices, for which the host and the GPU would wait."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func in COPIES:
+            places = {t.device.type for t in (*args[:2], out) if isinstance(t, torch.Tensor)}
+            assert len(places) == 1, f"{func} from {places}"
+        return out
+
+
+def fake_draws(monkeypatch):
+    """The order of the colors and the blur's width are drawn on the CPU, as plain numbers."""
+    empty, randperm = torch.empty, torch.randperm
+    numbers = type("Numbers", (), {"uniform_": lambda s, *_: s, "item": lambda s: 1.0})()
+    order = type("Order", (), {"tolist": lambda s: [2, 0, 3, 1]})()
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: numbers if a == (1,) else empty(*a, **k))
+    monkeypatch.setattr(torch, "randperm", lambda n: order if n == 4 else randperm(n))
+
+
+def pretend_on_gpu(model):
+    """Its weights and statistics become fake ones on a GPU: to(), unlike this, needs a real one."""
+    for module in model.modules():
+        for name, p in module._parameters.items():
+            if p is not None:
+                fake = torch.zeros(p.shape, device="cuda")
+                module._parameters[name] = torch.nn.Parameter(fake, p.requires_grad)
+        for name, t in module._buffers.items():
+            if t is not None:
+                module._buffers[name] = torch.zeros(t.shape, dtype=t.dtype, device="cuda")
+    return model
+
+
+@pytest.mark.parametrize("size", [32, 96])
+def test_augmentation_and_network_stay_on_the_gpu(script, size, monkeypatch):
+    model = getattr(script, METHODS[script.__name__])(script.build_backbone("resnet18", size))
+    fake_draws(monkeypatch)
+    options = {"solarize": 0.2} if script.__name__ == "byol" else {}
+    with FakeTensorMode():
+        model = pretend_on_gpu(model)
+        images = torch.zeros(4, 3, size, size, dtype=torch.uint8, device="cuda")
+        with NoTransfer():
+            x1, x2 = script.augment(images), script.augment(images, **options)
+            x1, x2 = script.normalize(x1), script.normalize(x2)
+            torch.set_autocast_enabled("cuda", True)  # torch.autocast does it with a real GPU only
+            torch.set_autocast_dtype("cuda", torch.bfloat16)
+            try:
+                loss, watched = model(x1, x2)
+            finally:
+                torch.set_autocast_enabled("cuda", False)
+    assert loss.device.type == watched.device.type == "cuda"
+    assert (loss.dtype, watched.dtype) == (torch.float32, torch.bfloat16)
+    assert len(watched) == 4
+
+
+def test_a_transfer_is_noticed():
+    with FakeTensorMode(), NoTransfer():
+        x = torch.empty(3, device="cuda")
+        with pytest.raises(AssertionError, match="from"):
+            x.cpu()
+        with pytest.raises(AssertionError, match="from"):
+            torch.empty(3).to("cuda")
+
+
+def pretend(monkeypatch, gpus):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "torchrun", "accepted", "refused"),
+    [
+        (0, False, ["cpu", "mps"], ["cuda", "cuda:0", "gpu", ""]),
+        (2, False, ["cuda", "cuda:0", "cuda:1", "cpu", "mps"], ["cuda:2", "cuda:x"]),
+        (2, True, ["cuda", "cpu"], ["cuda:0", "cuda:1"]),  # LOCAL_RANK decides
+    ],
+)
+def test_devices(script, monkeypatch, capsys, gpus, torchrun, accepted, refused):
+    pretend(monkeypatch, gpus)
+    if torchrun:
+        monkeypatch.setenv("RANK", "0")
+    assert script.parse_args([]).device == ("cuda" if gpus else "cpu")
+    for device in accepted:
+        assert script.parse_args(["--device", device]).device == device
+    for device in refused:
+        with pytest.raises(SystemExit):
+            script.parse_args(["--device", device])
+        assert "--device: invalid choice" in capsys.readouterr().err.splitlines()[-1]
+
+
+class Resolved(Exception):
+    """The device and the precision are known."""
+
+
+@pytest.mark.parametrize(
+    ("flags", "hardware", "expected"),
+    [
+        ("--device cuda", True, True),
+        ("--device cuda", False, False),  # a T4: it says yes where emulation counts
+        ("--device cuda --no-bf16", True, False),
+        ("--device cuda --bf16", False, True),
+        ("--device cuda:1", True, True),
+        ("--device cpu", True, False),
+        ("--device cpu --bf16", False, True),
+    ],
+)
+def test_precision_follows_the_hardware(script, monkeypatch, flags, hardware, expected):
+    """bfloat16 only where it is computed, not emulated; the device is set before that is asked."""
+    pretend(monkeypatch, 2)
+    calls = []
+
+    def supported(including_emulation=True):
+        calls.append("bf16")
+        return including_emulation or hardware
+
+    def stop(args, *_):
+        calls.append(args.bf16)
+        raise Resolved
+
+    monkeypatch.setattr(torch.cuda, "set_device", calls.append)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    monkeypatch.setattr(script, "load_split", stop)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(Resolved):
+        script.main([*flags.split(), "--out", os.devnull + "/run"])
+    assert calls[-1] is expected
+    assert calls[0] == (1 if "cuda:1" in flags else -1 if "cpu" in flags else 0)
+
+
+def test_bf16_reaches_the_network_on_a_cpu(script, folder, tmp_path, monkeypatch, capsys):
+    seen = []
+
+    class Backbone(Small):
+        def forward(self, x):
+            h = super().forward(x)
+            seen.append(self[2](torch.zeros(1, 3)).dtype)
+            return h
+
+    monkeypatch.setattr(script, "build_backbone", Backbone)
+    flags = f"--data {folder} --size 8 --epochs 1 --batch-size 24 --device cpu --lr 0.1".split()
+    script.main([*flags, "--bf16", "--out", str(tmp_path / "run")])
+    assert "cpu, bf16: True" in capsys.readouterr().out.splitlines()[0]
+    assert torch.bfloat16 in seen
+    saved = torch.load(tmp_path / "run" / "checkpoint.pt")["model"]
+    assert all(t.dtype != torch.bfloat16 for t in saved.values())
