@@ -5,14 +5,13 @@
         h1, h2 = backbone(x1), backbone(x2)     # features: what is kept in the end
         z1, z2 = projector(h1), projector(h2)   # projections
         p1, p2 = predictor(z1), predictor(z2)   # predictions
-        t1, t2 = target(x1), target(x2)         # a slow copy of backbone and projector
+        t1, t2 = target(x1), target(x2)         # a slow copy of f: backbone and projector
         L = R(p1, t2) + R(p2, t1)               # R(p, t) = 2 - 2 cosine(p, t)
         update all but the target by the gradient of L
-        target = tau target + (1 - tau) (backbone, projector)   # weight by weight
+        target = tau target + (1 - tau) f       # Eq. (1), weight by weight
 
-Collapse: t is the same for all images, L can get to its minimum, 0, and nothing is learned. No term
-of L pushes images apart; what prevents it are predictor and target together (Sec. 3.2).
-Differs from the paper: SGD with lightly's values; tau from 0.99; SimSiam's crops, colors and blur.
+Collapse, one way for all p and t, L = 0, is prevented by predictor and slow target (Sec. 3.2).
+Differs from the paper: SGD, lightly's lr / 4 and decay x 4 (its loss is L / 4); SimSiam's views.
 
     python byol.py && python linear_eval.py runs/byol/checkpoint.pt
 """
@@ -56,7 +55,7 @@ def random_resized_crop(x):
     return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
 
 def rotate_hue(x, turns):
-    """Turn the hue of RGB images x (B, 3, S, S) in 0-1 by turns (B, 1, 1) of the circle."""
+    """Turn the hue of RGB images x (B, 3, S, S) in 0-1 by turns (B, 1, 1), 1 a full one."""
     r, g, b = x.unbind(1)  # (B, S, S) each
     value, chroma = x.amax(1), x.amax(1) - x.amin(1)
     unit = chroma.clamp(min=1e-8)  # gray has no chroma, and any hue
@@ -64,8 +63,8 @@ def rotate_hue(x, turns):
     # RGB to hue, in sixths of the circle (red at 0, green at 2, blue at 4), and back
     hue = torch.where(value == g, 2 + (b - r) / unit, 4 + (r - g) / unit)
     hue = torch.where(value == r, (g - b) / unit, hue) + 6 * turns
-    k = [(n + hue) % 6 for n in (5, 3, 1)]  # for r, g, b
-    return torch.stack([value - chroma * torch.minimum(n, 4 - n).clamp(0, 1) for n in k], 1)
+    k = [(n + hue) % 6 for n in (5, 3, 1)]  # r, g, b: falls to 1, low to 3, rises to 4, high
+    return torch.stack([value - chroma * torch.minimum(i, 4 - i).clamp(0, 1) for i in k], 1)
 
 def augment(images, solarize=0.0):
     """A random view of each image: (B, 3, S, S) uint8 -> float32 in 0-1. SimSiam App. A."""
@@ -77,7 +76,7 @@ def augment(images, solarize=0.0):
     x = torch.where(draw(0, 1) < 0.5, x.flip(3), x)
 
     jittered = x
-    for change in torch.randperm(4).tolist():  # one order for the batch, drawn on the CPU
+    for change in torch.randperm(4).tolist():  # one order a batch; the CPU need not wait
         gray = TF.rgb_to_grayscale(jittered)  # (B, 1, S, S)
         if change < 3:  # brightness, contrast, saturation: less or more like one of these
             other = (0 * gray, gray.mean((2, 3), keepdim=True), gray)[change]
@@ -87,13 +86,13 @@ def augment(images, solarize=0.0):
     x = torch.where(draw(0, 1) < 0.8, jittered, x)
     x = torch.where(draw(0, 1) < 0.2, TF.rgb_to_grayscale(x), x)
     if x.shape[-1] > 64:  # smaller images stay sharp; kernel: a tenth of the side
-        sigma = torch.empty(1).uniform_(0.1, 2).item()  # one for the batch, from the CPU
+        sigma = torch.empty(1).uniform_(0.1, 2).item()  # one for the batch, of the CPU
         blurred = TF.gaussian_blur(x, x.shape[-1] // 20 * 2 + 1, sigma)
         x = torch.where(draw(0, 1) < 0.5, blurred, x)
     return torch.where((draw(0, 1) < solarize) & (x >= 0.5), 1 - x, x)  # invert bright values
 
 def normalize(x):
-    """Pictures x (B, 3, S, S) in 0-1 to what the network takes: mean 0, deviation 1."""
+    """Pictures x (B, 3, S, S) in 0-1 to what the network takes, about mean 0, deviation 1."""
     return torch.stack([(c - m) / s for c, m, s in zip(x.unbind(1), MEAN, STD)], 1)
 
 # ------------------------------------------------------------------ 2. Model
@@ -122,7 +121,6 @@ def mlp(inputs, hidden, dim):
 
 class BYOL(nn.Module):
     """Each view predicts the other's target. backbone: a ResNet with identity fc."""
-
     def __init__(self, backbone, hidden=4096, dim=256):
         super().__init__()
         self.backbone = backbone
@@ -145,7 +143,7 @@ def load_split(args, split, rank=0, world=1):
     if args.data in BUILT_IN:
         part = split if args.data == "stl10" else split == "train"
         data = getattr(datasets, args.data.upper())(args.data_dir, part, download=world == 1)
-    else:  # a folder, of which glob passes over what is hidden
+    else:  # a folder, of which glob passes over what is hidden; a class is train/NAME/
         kinds = Image.registered_extensions()
         files = [Path(f) for f in sorted(glob("**/*.*", root_dir=args.data, recursive=True))]
         files = [f for f in files if "image/" in Image.MIME.get(kinds.get(f.suffix.lower()), "")]
@@ -164,7 +162,7 @@ def load_split(args, split, rank=0, world=1):
         picture = data[i][0]  # or its path
         try:
             x = picture if args.data in BUILT_IN else Image.open(picture)
-            assert x.mode[0] not in "IF" or x.mode == "I;16", f"{x.mode} has more than 8 bits"
+            assert x.mode == "I;16" or x.mode[0] not in "IF", f"{x.mode} has more than 8 bits"
             x = (x.point(lambda value: value / 256) if x.mode == "I;16" else x).convert("RGB")
             images[row] = TF.pil_to_tensor(TF.center_crop(TF.resize(x, args.size), args.size))
         except Exception as error:
@@ -174,8 +172,8 @@ def load_split(args, split, rank=0, world=1):
 # ------------------------------------------------------------------ 5. Monitoring
 @torch.no_grad()
 def knn_accuracy(backbone, train, test, device, k=200, temperature=0.1):
-    """Top-1 in %: the k nearest in train vote. train, test: images (N, 3, S, S), labels (N,)."""
-    backbone.eval()  # Wu et al. 2018, Sec. 3.4
+    """Top-1 in %, Wu et al. 2018, Sec. 3.4. train, test: images (N, 3, S, S), labels (N,)."""
+    backbone.eval()
     h = [backbone(normalize(x.to(device) / 255)) for s in (train, test) for x in s[0].split(500)]
     bank, queries = F.normalize(torch.cat(h)).split([len(train[0]), len(test[0])])  # (N, D)
     labels, hits = train[1].to(device), 0
@@ -195,18 +193,18 @@ def parse_args(argv=None):
     devices = ["cuda", "cpu", "mps"][not gpus :] + gpus * ("RANK" not in os.environ)
     add("--data", default="cifar10", help="cifar10, cifar100, stl10, or a folder of images")
     add("--data-dir", default="data", help="where the built-in sets are, or get downloaded")
-    add("--size", type=int, help="side of the images in pixels, None: the set's, for a folder 32")
+    add("--size", type=int, help="pixels, None: the set's own, for a folder 32")
     add("--subset", type=int, help="take that many images of each split, always the same")
-    add("--arch", default="resnet18", choices=["resnet18", "resnet34", "resnet50"], help="backbone")
+    add("--arch", default="resnet18", choices=["resnet18", "resnet34", "resnet50"])
     add("--epochs", type=int, default=100, help="passes over the images")
     add("--batch-size", type=int, default=512, help="images a step, each in two views")
     add("--lr", type=float, default=0.03, help="learning rate per 256 images of the batch")
-    add("--weight-decay", type=float, default=5e-4, help="L2 penalty")
+    add("--weight-decay", type=float, default=2e-3, help="L2 penalty")
     add("--seed", type=int, default=0, help="of weights, order and augmentation")
     add("--device", default=devices[0], choices=devices, help="under torchrun without a number")
     add("--bf16", action=switch, help="compute in bfloat16, None: on a GPU that has it")
-    add("--out", default=f"runs/{Path(__file__).stem}", help="folder of the run")
-    add("--resume", action="store_true", help="go on from the checkpoint in --out, if there is one")
+    add("--out", default=f"runs/{Path(__file__).stem}", help="folder of the run, for all nodes")
+    add("--resume", action="store_true", help="go on from --out, if a checkpoint is there")
     add("--ema-decay", type=float, default=0.99, help="tau, of the target; rises to 1 (Sec. 3.3)")
     args = parser.parse_args(argv, argparse.Namespace(method="BYOL"))
     args.size = BUILT_IN.get(args.data, 32) if args.size is None else args.size
@@ -223,17 +221,17 @@ def main(argv=None):
     if args.bf16 is None:
         args.bf16 = gpu and torch.cuda.is_bf16_supported(including_emulation=False)
     if world > 1:  # a process for each GPU, which takes its part of the images and batches
-        torch.distributed.init_process_group()
+        torch.distributed.init_process_group(timeout=20 * torch.distributed.default_pg_timeout)
 
     # Data: on the GPU if they fit into half of its free memory
-    stl10 = args.data == "stl10"  # which trains on its unlabeled images
-    images, labels = load_split(args, "unlabeled" if stl10 else "train", rank, world)
+    split = "unlabeled" if args.data == "stl10" else "train"
+    images, labels = load_split(args, split, rank, world)
     args.images, steps, part = len(labels), len(labels) // args.batch_size, args.batch_size // world
     if steps == 0 or part * world < args.batch_size:
-        sys.exit(f"--data {args.data}: {args.images} images; lower --batch-size ({world} x n)")
+        sys.exit(f"--data {args.data}: {args.images} images; --batch-size: fewer, {world} x n")
     fits = not gpu or images.nbytes < torch.cuda.mem_get_info()[0] / 2
     images = images.to(device) if fits else images
-    bank, labels = load_split(args, "train", rank, world) if stl10 else (images, labels)
+    bank, labels = (images, labels) if split == "train" else load_split(args, "train", rank, world)
     test = load_split(args, "test") if rank == 0 else None
 
     # Network
@@ -247,7 +245,7 @@ def main(argv=None):
     # Go on from a checkpoint
     state, saved_at = {"epoch": 0, "log": []}, time.time()
     if checkpoint.exists():
-        state = torch.load(checkpoint, map_location=device, weights_only=True)
+        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
         for name, value in sorted(vars(args).items() - state["args"].items()):
             if name not in ("lr", "epochs", "device", "bf16", "data", "data_dir", "out"):
                 sys.exit(f"{checkpoint} has {name} {state['args'].get(name)}, not {value}")
@@ -256,7 +254,8 @@ def main(argv=None):
 
     # Train
     if rank == 0:
-        print(f"{args.images} images, {len(test[1])} test images, {device}, bf16: {args.bf16}")
+        print(f"{args.images} images of {args.size} px, {len(test[1])} test images for kNN, "
+              f"on {device} in {'bfloat16' if args.bf16 else 'float32'}")
     for epoch in range(state["epoch"] + 1, args.epochs + 1):
         torch.manual_seed(hash((args.seed, epoch, rank)))  # so that a resumed run draws the same
         order = torch.randperm(len(images))[: steps * part].view(steps, part).to(images.device)
@@ -267,21 +266,22 @@ def main(argv=None):
             x = images[rows] if fits else images[rows].pin_memory().to(device, non_blocking=True)
             x1, x2 = augment(x), augment(x, solarize=0.2)
             with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
-                loss, p = network(normalize(x1), normalize(x2))
+                loss, watch = network(normalize(x1), normalize(x2))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            for t, weight in zip(model.target.parameters(), model.parameters()):  # from the top
-                t.data.lerp_(weight.data, (1 - args.ema_decay) * anneal)  # Eq. (1), to 1 - tau
+            for t, weight in zip(model.target.parameters(), model.parameters()):  # Eq. (1)
+                t.data.lerp_(weight.data, (1 - args.ema_decay) * anneal)  # zip ends with the target
             total += loss.detach()  # not .item(): the host would wait for the GPU
         if rank > 0:
             continue
-        spread = F.normalize(p.detach().float()).std(0).mean().item() * p.shape[1] ** 0.5
+        # Of the last batch, SimSiam Fig. 2 times sqrt(dim): 0 if all point one way, 1 if all ways
+        spread = F.normalize(watch.detach().float()).std(0).mean().item() * watch.shape[1] ** 0.5
         row = {"epoch": epoch, "loss": total.item() / steps, "spread": spread, "kNN": "", "lr": lr}
         row["images/s"] = steps * args.batch_size / (time.time() - began)
         if len(test[1]) and epoch * 10 // args.epochs > (epoch - 1) * 10 // args.epochs:
             row["kNN"] = knn_accuracy(model.backbone, (bank, labels[::world]), test, device)
-        print(*(f"{k} {v:.4g} " for k, v in row.items() if v != ""), "collapsed?" * (spread < 0.1))
+        print(*(f"{k} {v:.5g} " for k, v in row.items() if v != ""), "collapsed?" * (spread < 0.1))
         if not math.isfinite(row["loss"]):
             sys.exit("the loss is not finite: lower --lr")
         state["log"].append(",".join(map(str, row.values())))
@@ -293,7 +293,8 @@ def main(argv=None):
             torch.save(state, checkpoint.with_suffix(".tmp"))
             checkpoint.with_suffix(".tmp").replace(checkpoint)  # a killed run leaves no half
             saved_at = time.time()
-            print(f"saved epoch {epoch}; measure: python linear_eval.py {checkpoint}", flush=True)
+            print(f"saved epoch {epoch}; to measure it: python linear_eval.py {checkpoint}")
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(line_buffering=True)  # every line at once, also into a file
     main()

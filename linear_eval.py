@@ -10,6 +10,7 @@ instead, which makes less than a point of difference in dkobak/simclr-cifar10.
 
 import argparse
 import re
+from glob import glob
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -23,7 +24,6 @@ from torchvision.models import resnet
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels
 BUILT_IN = {"cifar10": 32, "cifar100": 32, "stl10": 96}  # data sets and the side of their images
-
 
 # ------------------------------------------------------------------ 1. Checkpoint
 def find_backbones(tree, path=""):
@@ -41,7 +41,6 @@ def find_backbones(tree, path=""):
             if len(stages) == 4:
                 yield path + stem[1], state
 
-
 def build_backbone(block, depths, small_stem, **widths):
     """torchvision's ResNet without its classifier: (B, 3, S, S) -> (B, D)."""
     backbone = resnet.ResNet(block, depths, zero_init_residual=True, **widths)
@@ -51,9 +50,8 @@ def build_backbone(block, depths, small_stem, **widths):
         backbone.maxpool = nn.Identity()
     return backbone
 
-
 def load_backbone(path):
-    """Any saved ResNet (18 to 152, wide, ResNeXt), and the arguments saved with it ({} if none). A
+    """Any saved ResNet (18 to 152, wide, ResNeXt), and the arguments of a script here ({}: not). A
     3x3 conv1 means stride 1 without max-pool. Raises OSError, or ValueError for wrong tensors."""
     with torch.serialization.safe_globals([argparse.Namespace]), open(path, "rb") as file:
         try:
@@ -75,34 +73,55 @@ def load_backbone(path):
         backbone.load_state_dict(state)
     except RuntimeError as error:  # names the tensor
         raise ValueError(f"{path}: {' '.join(str(error).split())[:500]}") from error
-    return backbone, saved["args"] if isinstance(saved.get("args"), dict) else {}
-
+    args = saved.get("args")
+    ours = isinstance(args, dict) and args.get("method") in ("SimSiam", "BYOL", "SimCLR")
+    return backbone, args if ours else {}  # of others, "data" and "size" may mean anything
 
 # ------------------------------------------------------------------ 2. Data
 def load_split(args, split):
     """Decode a split: (N, 3, S, S) uint8, labels (N,), class names. Raises OSError, ValueError."""
-    try:
-        if args.data in BUILT_IN:
-            part = split if args.data == "stl10" else split == "train"
+    if args.data in BUILT_IN:
+        part = split if args.data == "stl10" else split == "train"
+        try:
             data = getattr(datasets, args.data.upper())(args.data_dir, part, download=True)
-        else:
-            data = datasets.ImageFolder(Path(args.data, split), loader=Image.open)
-    except (OSError, RuntimeError) as error:
-        raise OSError(f"--data {args.data}: {error}; see --data-dir and --data FOLDER") from error
+        except (OSError, RuntimeError) as error:
+            ways = "see --data-dir and --data FOLDER"
+            raise OSError(f"--data {args.data}: {error}; {ways}") from error
+        names = data.classes
+    else:  # a folder, of which glob passes over what is hidden; a class is train/NAME/
+        kinds = Image.registered_extensions()
+        files = [Path(f) for f in sorted(glob("**/*.*", root_dir=args.data, recursive=True))]
+        files = [f for f in files if "image/" in Image.MIME.get(kinds.get(f.suffix.lower()), "")]
+        in_class = {s: [f for f in files if f.parts[0] == s and f.parts[2:]]
+                    for s in ("train", "test", "val")}
+        classes = {s: {f.parts[1] for f in in_class[s]} for s in in_class}
+        tests = [s for s in ("test", "val") if set() < classes[s] <= classes["train"]]
+        if not tests:
+            more = sorted((classes["test"] or classes["val"]) - classes["train"])
+            why = f"train/ has no class {more}" if more else "no train/<class>/ and test/<class>/"
+            raise ValueError(f"--data {args.data}: {why}; see --data-dir, --data FOLDER")
+        names = sorted(classes["train"])
+        files = in_class[tests[0] if split == "test" else "train"]
+        data = [(Path(args.data, f), names.index(f.parts[1])) for f in files]
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[: args.subset]
+    if len(order) < 2:
+        raise ValueError(f"--data {args.data}: at least two images of each split, also of --subset")
+    side = args.size if args.size <= 64 or args.data in BUILT_IN else round(args.size * 8 / 7)
 
     def decode(i):
+        picture, label = data[i]  # or its path
         try:
-            im, label = data[i]  # next, as for the training, 16 bits to 8, to RGB
-            im = (im.point(lambda v: v / 256) if im.mode[:4] == "I;16" else im).convert("RGB")
+            x = picture if args.data in BUILT_IN else Image.open(picture)
+            if x.mode[0] in "IF" and x.mode != "I;16":
+                raise ValueError(f"{x.mode} has more than 8 bits")
+            x = (x.point(lambda value: value / 256) if x.mode == "I;16" else x).convert("RGB")
+            return TF.pil_to_tensor(TF.center_crop(TF.resize(x, side), args.size)), label
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise ValueError(f"cannot read {data.samples[i][0]}: {error}") from error
-        return TF.pil_to_tensor(TF.center_crop(TF.resize(im, args.size), args.size)), label
+            raise ValueError(f"cannot read {picture}: {error}") from error
 
     with ThreadPool(torch.get_num_threads()) as pool:
         images, labels = zip(*pool.imap(decode, order.tolist(), 100))  # by the hundred
-    return torch.stack(images), torch.tensor(labels), data.classes
-
+    return torch.stack(images), torch.tensor(labels), names
 
 # ------------------------------------------------------------------ 3. Features and neighbors
 @torch.no_grad()
@@ -110,7 +129,6 @@ def extract_features(backbone, x, device):
     """The frozen backbone on the images as they are: (N, 3, S, S) uint8 -> (N, D) float32."""
     backbone.eval().to(device, memory_format=torch.channels_last)
     return torch.cat([backbone(TF.normalize(b.to(device) / 255, MEAN, STD)) for b in x.split(500)])
-
 
 def knn_accuracy(h, y, test_h, test_y, k, temperature):
     """Top-1 in % of the k nearest training images' vote, weighted by exp(cosine / temperature):
@@ -122,7 +140,6 @@ def knn_accuracy(h, y, test_h, test_y, k, temperature):
         votes.scatter_add_(1, y[nearest], (cosine / temperature).exp())
         hits += (votes.argmax(1) == true).sum().item()
     return 100 * hits / len(test_y)
-
 
 # ------------------------------------------------------------------ 4. The linear layer
 def linear_probe(h, y):
@@ -159,7 +176,6 @@ def linear_probe(h, y):
     layer.bias.data -= layer.weight.data @ mean
     return layer, decay
 
-
 # ------------------------------------------------------------------ 5. Pictures
 def tsne(h, perplexity=30, steps=750):
     """A map that keeps neighbors: h (N, D) -> (N, 2). van der Maaten & Hinton 2008, exact."""
@@ -181,13 +197,11 @@ def tsne(h, perplexity=30, steps=750):
         y = y + velocity
     return y
 
-
 def framed(images, colors, side, width):
     """Resized, with a frame: (N, 3, S, S) uint8, (N, 3) -> (N, 3, side, side)."""
     tiles = colors[:, :, None, None].repeat(1, 1, side, side)
     tiles[:, :, width:-width, width:-width] = F.interpolate(images, side - 2 * width)
     return tiles
-
 
 def draw_neighbors(folder, images, y, h, test_images, test_y, test_h):
     """A row a class (ten at most): a test image, its nine nearest training images by cosine, framed
@@ -200,7 +214,6 @@ def draw_neighbors(folder, images, y, h, test_images, test_y, test_h):
     tiles = framed(tiles.flatten(0, 1), colors.flatten(0, 1).byte(), side=104, width=4)
     utils.save_image(tiles / 255, folder / "neighbors.png", nrow=len(colors[0]), pad_value=1)
     return 100 * right.float().mean().item()
-
 
 def draw_map(folder, images, labels, h, names):
     """map.png: the t-SNE of features h (N, D) as framed thumbnails, one where several would lie;
@@ -224,7 +237,6 @@ def draw_map(folder, images, labels, h, names):
     canvas = utils.draw_bounding_boxes(canvas, boxes, words, colors, width=3, label_colors="black")
     utils.save_image(F.interpolate(canvas[None] / 255, scale_factor=2), folder / "map_classes.png")
 
-
 # ------------------------------------------------------------------ 6. Main
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -234,18 +246,14 @@ def parse_args(argv=None):
     add("--data-dir", help="where the built-in sets are, or get downloaded")
     add("--size", type=int, help="side of the images; this, --data, --data-dir: as in training")
     add("--subset", type=int, help="take that many images of each split, always the same")
-    add("--label-fraction", type=float, default=1.0, help="fit on that share of each class")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"])
     add("--seed", type=int, default=0, help="of the held-out tenth and the untrained network")
     add("--pictures", type=Path, help="folder for neighbors.png, map.png and map_classes.png")
     add("--out", type=Path, help="save the layer there: nn.Linear's state_dict, for raw features")
     return parser.parse_args(argv)
 
-
 def main(argv=None):
     args = parse_args(argv)
-    if not 0 < args.label_fraction <= 1 or args.subset is not None and args.subset < 2:
-        raise ValueError("--label-fraction is more than 0, at most 1; --subset is 2 or more")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: no GPU is available, take --device cpu")
     backbone, trained = load_backbone(args.checkpoint) if args.checkpoint else (None, {})
@@ -261,13 +269,7 @@ def main(argv=None):
             raise FileExistsError(f"{path} exists: choose another name")
         path.parent.mkdir(parents=True, exist_ok=True)  # now, not after the work
     train_x, train_y, names = load_split(args, "train")
-    test_x, test_y, others = load_split(args, "test")
-    if args.label_fraction < 1:  # of each class the same share, at least one image
-        classes = [(train_y == c).nonzero()[:, 0] for c in train_y.unique()]  # in random order
-        keep = torch.cat([c[: max(1, round(args.label_fraction * len(c)))] for c in classes])
-        train_x, train_y = train_x[keep], train_y[keep]
-    if names != others or min(len(train_x), len(test_x)) < 2:
-        raise ValueError(f"--data {args.data}: train/ and test/ need the same classes and 2 images")
+    test_x, test_y, _ = load_split(args, "test")
     h, test_h = (extract_features(backbone, x, args.device) for x in (train_x, test_x))
     if not (h.isfinite().all() and test_h.isfinite().all()):
         raise ValueError(f"{args.checkpoint}: its features are not finite, nor is the network")
@@ -289,7 +291,6 @@ def main(argv=None):
         print(f"{agree:.1f}% of the neighbors of {len(some[0])} test images are of their class")
         draw_map(args.pictures, *some, names)
     print(f"linear top-1: {100 * right[:, 0].float().mean():.2f}%")
-
 
 if __name__ == "__main__":
     try:

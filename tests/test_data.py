@@ -271,7 +271,7 @@ def test_stl10_pretrains_on_the_unlabeled_images(script, tmp_path, capsys):
     flags = ["--data", "stl10", "--data-dir", data, "--epochs", "1", "--batch-size", "8"]
     script.main([*flags, "--device", "cpu", "--size", "8", "--out", str(out)])
     lines = capsys.readouterr().out.splitlines()
-    assert "16 images, 4 test images, cpu, bf16: False" in lines
+    assert "16 images of 8 px, 4 test images for kNN, on cpu in float32" in lines
     assert any(line.startswith("epoch 1 ") and "kNN " in line for line in lines)
     args = script.parse_args(["--data", "stl10"])
     assert args.size == 96

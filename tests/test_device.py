@@ -152,7 +152,7 @@ def test_bf16_reaches_the_network_on_a_cpu(script, folder, tmp_path, monkeypatch
     monkeypatch.setattr(script, "build_backbone", Backbone)
     flags = f"--data {folder} --size 8 --epochs 1 --batch-size 24 --device cpu --lr 0.1".split()
     script.main([*flags, "--bf16", "--out", str(tmp_path / "run")])
-    assert "cpu, bf16: True" in capsys.readouterr().out.splitlines()[0]
+    assert "on cpu in bfloat16" in capsys.readouterr().out.splitlines()[0]
     assert torch.bfloat16 in seen
     saved = torch.load(tmp_path / "run" / "checkpoint.pt")["model"]
     assert all(t.dtype != torch.bfloat16 for t in saved.values())

@@ -268,22 +268,6 @@ def test_untrained_floor(folder, capsys):
     assert lines[3].startswith("linear top-5: 100.00%")  # there are three classes
 
 
-def test_label_fraction_is_balanced(folder, monkeypatch, capsys):
-    counts = []
-    fit = linear_eval.linear_probe
-
-    def spy(h, y):
-        counts.append(y.bincount().tolist())
-        return fit(h, y)
-
-    monkeypatch.setattr(linear_eval, "linear_probe", spy)
-    probe("--data", folder, "--size", 8, "--label-fraction", 0.25)
-    assert counts == [[4, 4, 4]]
-    assert "12 train and 24 test" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="--label-fraction"):
-        probe("--data", folder, "--label-fraction", 0)
-
-
 def test_saved_layer_works_on_raw_features(folder, tmp_path, capsys):
     network, _, _ = build("resnet18", small_stem=True)
     torch.save(network.state_dict(), tmp_path / "network.pth")
@@ -314,7 +298,7 @@ def test_other_tensors_than_torchvisions_are_named(tmp_path):
 
 
 def test_labels_are_needed(folder):
-    with pytest.raises(OSError, match=r"--data .*red.*train.*see --data-dir and --data FOLDER"):
+    with pytest.raises(ValueError, match=r"--data .*red: no train/<class>/.*--data FOLDER"):
         probe("--data", folder / "train" / "red", "--size", 8)
 
 
@@ -332,7 +316,7 @@ def test_two_images_are_enough_and_one_is_not(folder, tmp_path, capsys):
         (tmp_path / "few" / split / "red").mkdir(parents=True)
         for name in images:
             shutil.copy(folder / "train" / "red" / name, tmp_path / "few" / split / "red")
-    with pytest.raises(ValueError, match="need the same classes and 2 images"):
+    with pytest.raises(ValueError, match="at least two images"):
         probe("--data", tmp_path / "few", "--size", 8)
 
 
@@ -344,18 +328,57 @@ def test_depths_are_read_off_the_names(tmp_path):
     assert [len(stage) for stage in stages] == [1, 3, 2, 1]
 
 
-def test_images_are_decoded_as_for_the_training(script, folder, tmp_path):
-    """The same images in the same order, also of 16 bits, palettes and transparency."""
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_images_are_decoded_as_for_the_training(script, split, folder, tmp_path):
+    """The same images in the same order with the same labels, whatever the folder holds."""
     root = tmp_path / "images"
-    shutil.copytree(folder, root)
-    gray = Image.new("I;16", (20, 20), 30000)
-    gray.save(root / "train" / "red" / "gray.png")
-    Image.new("RGBA", (30, 20), (200, 100, 50, 128)).save(root / "train" / "red" / "clear.png")
-    Image.radial_gradient("L").convert("P").save(root / "train" / "red" / "palette.png")
+    shutil.copytree(folder / "train", root / "train")
+    shutil.copytree(folder / "test", root / "val")
+    shutil.rmtree(root / "val" / "blue")  # which would have been number 0
+    for part in ("train", "val"):
+        gray = Image.new("I;16", (20, 20), 30000)
+        gray.save(root / part / "red" / "gray.png")
+        Image.new("RGBA", (30, 20), (200, 100, 50, 128)).save(root / part / "red" / "clear.png")
+        Image.radial_gradient("L").convert("P").save(root / part / "red" / "palette.gif")
+        (root / part / ".ipynb_checkpoints").mkdir()
+        gray.save(root / part / ".ipynb_checkpoints" / "x.png")
+        gray.save(root / part / "red" / "._x.png")
     flags = ["--data", str(root), "--size", "8", "--seed", "3", "--subset", "45"]
-    images, labels, names = linear_eval.load_split(linear_eval.parse_args(flags), "train")
-    others, their_labels = script.load_split(script.parse_args(flags), "train")
+    images, labels, names = linear_eval.load_split(linear_eval.parse_args(flags), split)
+    others, their_labels = script.load_split(script.parse_args(flags), split)
     assert torch.equal(images, others)
     assert torch.equal(labels, their_labels)
     assert names == ["blue", "green", "red"]
+    assert set(labels.tolist()) == ({0, 1, 2} if split == "train" else {1, 2})
     assert any((x == 117).all() for x in images)  # 30000 / 256
+
+
+def test_above_64_px_more_is_resized_than_is_cut_out(tmp_path):
+    """To 8/7 of the size, of which the center remains: 256 and 224 in the literature."""
+    for split in ("train", "test"):
+        (tmp_path / split / "a").mkdir(parents=True)
+        image = Image.new("RGB", (800, 800))
+        image.paste((255, 255, 255), (50, 50, 750, 750))  # 7/8 of each side
+        image.save(tmp_path / split / "a" / "x.png")
+        image.save(tmp_path / split / "a" / "y.png")
+    for size, darkest in ((112, 255), (64, 0)):
+        flags = ["--data", str(tmp_path), "--size", str(size)]
+        images, _, _ = linear_eval.load_split(linear_eval.parse_args(flags), "train")
+        assert images.shape == (2, 3, size, size)
+        assert images[0, :, 2:-2, 2:-2].min() == darkest
+
+
+def test_a_class_that_train_lacks_is_named(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "images")
+    shutil.copytree(folder / "test" / "red", tmp_path / "images" / "test" / "zebra")
+    with pytest.raises(ValueError, match=r"train/ has no class \['zebra'\]"):
+        probe("--data", tmp_path / "images", "--size", 8)
+
+
+def test_arguments_of_other_software_are_not_taken(folder, tmp_path, capsys):
+    network, _, _ = build("resnet18", small_stem=True)
+    foreign = {"data": "/nowhere", "size": 224, "method": "moco"}
+    torch.save({"model": network.state_dict(), "args": foreign}, tmp_path / "saved.pth")
+    assert linear_eval.load_backbone(tmp_path / "saved.pth")[1] == {}
+    probe(tmp_path / "saved.pth", "--data", folder)
+    assert "test images of 32 px" in capsys.readouterr().out

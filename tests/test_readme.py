@@ -8,7 +8,7 @@ import sys
 
 import bench
 import pytest
-from conftest import METHODS, ROOT
+from conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
 COMMANDS = [
@@ -84,9 +84,3 @@ def test_the_diff_that_the_readme_shows_is_the_scripts():
     for sign, name in (("-", "simsiam"), ("+", "byol")):
         source = (ROOT / f"{name}.py").read_text().splitlines()
         assert [line for line in shown if line[0] == sign and line[1:] not in source] == []
-
-
-def test_the_line_counts_of_the_table():
-    for name in METHODS:
-        lines = len((ROOT / f"{name}.py").read_text().splitlines())
-        assert re.search(rf"\[{name}\.py\].*\| {lines} \|", README), (name, lines)

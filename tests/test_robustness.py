@@ -192,7 +192,7 @@ BAD_FLAGS = {
     "truncated": (["--data", "{tmp}/truncated"], "cannot read {tmp}/truncated/x.png"),
     "zero bytes": (["--data", "{tmp}/zero"], "cannot read {tmp}/zero/x.png"),
     "text": (["--data", "{tmp}/text"], "cannot read {tmp}/text/x.png"),
-    "few images": (["--batch-size", "49"], "48 images; lower --batch-size (1 x n)"),
+    "few images": (["--batch-size", "49"], "48 images; --batch-size: fewer, 1 x n"),
 }
 
 
@@ -231,7 +231,7 @@ def test_train_without_test_trains_and_says_so(quick, folder, tmp_path, capsys):
     shutil.copytree(folder / "train", tmp_path / "data" / "train")
     quick("--data", tmp_path / "data", "--out", tmp_path / "run")
     printed = capsys.readouterr().out
-    assert printed.startswith("48 images, 0 test images, ")
+    assert printed.startswith("48 images of 8 px, 0 test images for kNN, ")
     assert "kNN " not in printed
 
 
@@ -352,14 +352,12 @@ def test_files_that_are_no_checkpoint_at_all(content, tmp_path):
     ("flags", "message"),
     [
         (["{tmp}/nowhere.pt"], "{tmp}/nowhere.pt"),
-        (["--subset", "0"], "--subset is 2 or more"),
-        (["--label-fraction", "0"], "--label-fraction is more than 0, at most 1"),
-        (["--label-fraction", "10"], "--label-fraction is more than 0, at most 1"),
+        (["--subset", "0"], "at least two images of each split, also of --subset"),
         (["--out", "{tmp}/file.txt"], "{tmp}/file.txt exists: choose another name"),
         (["--out", "{tmp}/file.txt/layer.pt"], "{tmp}/file.txt"),
         (["--pictures", "{tmp}/file.txt"], "{tmp}/file.txt"),
-        (["--data", "{tmp}/classes"], "train/ and test/ need the same classes"),
-        (["--data", "{tmp}/nowhere"], "{tmp}/nowhere/train'; see --data-dir and --data FOLDER"),
+        (["--data", "{tmp}/classes"], "train/ has no class ['c']"),
+        (["--data", "{tmp}/nowhere"], "{tmp}/nowhere: no train/<class>/ and test/<class>/"),
     ],
 )
 def test_bad_flags_of_linear_eval(flags, message, folder, bad):

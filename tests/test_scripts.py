@@ -133,7 +133,7 @@ def test_unlabeled_images_train_and_say_so(script, tmp_path, monkeypatch, capsys
     flags = f"--data {tmp_path} --size 8 --epochs 1 --batch-size 4 --device cpu".split()
     script.main([*flags, "--out", str(tmp_path / "run")])
     printed = capsys.readouterr().out
-    assert printed.startswith("8 images, 0 test images, ")
+    assert printed.startswith("8 images of 8 px, 0 test images for kNN, ")
     assert "kNN " not in printed
     assert (tmp_path / "run" / "checkpoint.pt").exists()
 
