@@ -41,7 +41,7 @@ def random_resized_crop(x):
     """A random box of each image, resized to the image's size: x (B, 3, S, S)."""
     S = x.shape[-1]
     area = S**2 * x.new_empty(len(x), 10, 1).uniform_(0.2, 1)  # of ten boxes, in pixels
-    ratio = (4 / 3) ** x.new_empty(len(x), 10, 1).uniform_(-1, 1)  # of width to height
+    ratio = (4 / 3) ** x.new_empty(len(x), 10, 1).uniform_(-1, 1)  # width to height
     boxes = torch.cat([area * ratio, area / ratio], 2).sqrt().round()  # (B, 10, 2) sides
     boxes = F.pad(boxes, (0, 0, 0, 1), value=S)  # (B, 11, 2): the last is the whole image
     first = (boxes <= S).all(2).float().argmax(1)  # the first box that fits is taken
@@ -76,17 +76,17 @@ def augment(images, solarize=0.0):
     x = torch.where(draw(0, 1) < 0.5, x.flip(3), x)
 
     jittered = x
-    for change in torch.randperm(4).tolist():  # one order a batch; the CPU need not wait
+    for change in torch.randperm(4).tolist():  # one order a batch, of the CPU: no sync
         gray = TF.rgb_to_grayscale(jittered)  # (B, 1, S, S)
-        if change < 3:  # brightness, contrast, saturation: less or more like one of these
-            other = (0 * gray, gray.mean((2, 3), keepdim=True), gray)[change]
+        if change < 3:  # brightness, contrast, saturation: less or more like
+            other = (0 * gray, gray.mean((2, 3), keepdim=True), gray)[change]  # one of these
             jittered = torch.lerp(other, jittered, draw(0.6, 1.4)).clamp(0, 1)
         else:
             jittered = rotate_hue(jittered, draw(-0.1, 0.1)[:, 0])
     x = torch.where(draw(0, 1) < 0.8, jittered, x)
     x = torch.where(draw(0, 1) < 0.2, TF.rgb_to_grayscale(x), x)
     if x.shape[-1] > 64:  # smaller images stay sharp; kernel: a tenth of the side
-        sigma = torch.empty(1).uniform_(0.1, 2).item()  # one for the batch, of the CPU
+        sigma = torch.empty(1).uniform_(0.1, 2).item()  # one for the batch
         blurred = TF.gaussian_blur(x, x.shape[-1] // 20 * 2 + 1, sigma)
         x = torch.where(draw(0, 1) < 0.5, blurred, x)
     return torch.where((draw(0, 1) < solarize) & (x >= 0.5), 1 - x, x)  # invert bright values
