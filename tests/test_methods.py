@@ -233,6 +233,22 @@ def test_the_meter_through_the_real_heads(script, kind, folder, tmp_path, monkey
     assert spread < 1e-3 if kind == "constant" else spread > 0.2
 
 
+def test_the_meter_sees_predictions_that_point_one_way(folder, tmp_path, monkeypatch, capsys):
+    """The projections, centered and scaled by their BatchNorm, cannot all do so."""
+
+    class OneWay(simsiam.SimSiam):
+        def __init__(self, backbone, **options):
+            super().__init__(backbone, **options)
+            nn.init.zeros_(self.predictor[-1].weight)
+
+    monkeypatch.setattr(simsiam, "SimSiam", OneWay)
+    monkeypatch.setattr(simsiam, "build_backbone", Small)
+    flags = f"--data {folder} --size 8 --epochs 1 --batch-size 24 --lr 0 --device cpu".split()
+    simsiam.main([*flags, "--out", str(tmp_path / "run")])
+    line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("epoch 1 "))
+    assert "collapsed?" in line
+
+
 @pytest.mark.parametrize(("size", "features"), [(16, 512), (64, 512), (96, 512)])
 def test_backbone_stem_follows_the_size(script, size, features):
     backbone = script.build_backbone("resnet18", size).eval()
