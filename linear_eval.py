@@ -4,8 +4,8 @@
     python linear_eval.py resnet50.pth --data FOLDER --size 224
     python linear_eval.py                                      # an untrained ResNet-18: the floor
 
-Features of the unaugmented images, computed once. The papers train the layer on augmented ones
-instead, which makes less than a point of difference in dkobak/simclr-cifar10.
+Features of the unaugmented images, computed once. The papers train the layer on augmented ones,
+which makes less than a point of difference in dkobak/simclr-cifar10.
 """
 
 import argparse
@@ -32,8 +32,9 @@ def find_backbones(tree, path=""):
         yield from find_backbones(value, f"{path}{name}.")
         stem = re.fullmatch(r"(.*?)(conv1|0)\.weight", str(name))  # 0: numbered by nn.Sequential
         if stem and getattr(value, "shape", ())[1:2] == (3,):
-            keys = {key.removeprefix(stem[1]): key for key in tree if key.startswith(stem[1])}
-            parts = [(name.partition("."), tree[key]) for name, key in keys.items()]
+            keys = {n.removeprefix(stem[1]): t for n, t in tree.items() if n.startswith(stem[1])}
+            keys = {n.replace("shortcut", "downsample"): t for n, t in keys.items()}
+            parts = [(n.partition("."), t) for n, t in keys.items() if getattr(t, "numel", int)() > 1]
             stages = sorted({head for (head, _, rest), _ in parts if rest.startswith("0.conv1.")})
             names = {"conv1": "conv1", "bn1": "bn1", "0": "conv1", "1": "bn1"}  # torchvision's
             names |= {stage: f"layer{i}" for i, stage in enumerate(stages, 1)}
@@ -73,9 +74,8 @@ def load_backbone(path):
         backbone.load_state_dict(state)
     except RuntimeError as error:  # names the tensor
         raise ValueError(f"{path}: {' '.join(str(error).split())[:500]}") from error
-    args = saved.get("args")
-    ours = isinstance(args, dict) and args.get("method") in ("SimSiam", "BYOL", "SimCLR")
-    return backbone, args if ours else {}  # of others, "data" and "size" may mean anything
+    args = saved["args"] if isinstance(saved.get("args"), dict) else {}  # of others: unknown words
+    return backbone, args if args.get("method") in ("SimSiam", "BYOL", "SimCLR") else {}
 
 # ------------------------------------------------------------------ 2. Data
 def load_split(args, split):

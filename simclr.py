@@ -62,7 +62,7 @@ def rotate_hue(x, turns):
     # RGB to hue, in sixths of the circle (red at 0, green at 2, blue at 4), and back
     hue = torch.where(value == g, 2 + (b - r) / unit, 4 + (r - g) / unit)
     hue = torch.where(value == r, (g - b) / unit, hue) + 6 * turns
-    k = [(n + hue) % 6 for n in (5, 3, 1)]  # r, g, b: falls to 1, low to 3, rises to 4, high
+    k = [(n + hue) % 6 for n in (5, 3, 1)]  # r, g, b: fall 0-1, low 1-3, rise 3-4, high 4-6
     return torch.stack([value - chroma * torch.minimum(i, 4 - i).clamp(0, 1) for i in k], 1)
 
 def augment(images):
@@ -75,10 +75,10 @@ def augment(images):
     x = torch.where(draw(0, 1) < 0.5, x.flip(3), x)
 
     jittered = x
-    for change in torch.randperm(4).tolist():  # one order a batch, of the CPU: no sync
+    for change in torch.randperm(4).tolist():  # one order a batch; drawn on the CPU, no wait
         gray = TF.rgb_to_grayscale(jittered)  # (B, 1, S, S)
-        if change < 3:  # brightness, contrast, saturation: less or more like
-            other = (0 * gray, gray.mean((2, 3), keepdim=True), gray)[change]  # one of these
+        if change < 3:  # brightness, contrast, saturation: toward (below 1) or away from
+            other = (0 * gray, gray.mean((2, 3), keepdim=True), gray)[change]  # this one
             jittered = torch.lerp(other, jittered, draw(0.6, 1.4)).clamp(0, 1)
         else:
             jittered = rotate_hue(jittered, draw(-0.1, 0.1)[:, 0])
@@ -133,7 +133,7 @@ class SimCLR(nn.Module):
         )
 
     def forward(self, x1, x2):
-        """Two views (B, 3, S, S) -> the loss, Eq. (1), and z1 (B, dim) for the spread."""
+        """Two views (B, 3, S, S) -> the loss, Eq. (1); z1 (B, dim), to see collapse."""
         h1, h2 = self.backbone(x1), self.backbone(x2)  # features (B, inplanes)
         z1, z2 = self.projector(h1), self.projector(h2)  # projections (B, dim)
         return nt_xent(z1, z2, self.temperature), z1

@@ -50,6 +50,19 @@ def without_pool(network):
     return nn.Sequential(*keep[:-1]).state_dict()
 
 
+def profiled(state):
+    """With the counters that profilers register in every module."""
+    with_counters = {"total_ops": torch.zeros(1), "total_params": torch.zeros(1)}
+    for name, tensor in state.items():
+        with_counters[name] = tensor
+        module = name.rpartition(".")[0]
+        for level in range(module.count(".") + 1):
+            part = module.rsplit(".", level)[0]
+            with_counters[f"{part}.total_ops"] = torch.zeros(1)
+            with_counters[f"{part}.total_params"] = torch.zeros(1)
+    return {"state_dict": with_counters}
+
+
 LAYOUTS = {
     "plain": lambda n, s: s,
     "ordered": lambda n, s: collections.OrderedDict(s),
@@ -79,6 +92,8 @@ LAYOUTS = {
     "numbered": lambda n, s: numbered(n),
     "numbered in backbone": lambda n, s: {"state_dict": prefixed(numbered(n), "backbone.")},
     "numbered without pool": lambda n, s: prefixed(without_pool(n), "f."),
+    "shortcut": lambda n, s: {k.replace("downsample", "shortcut"): t for k, t in s.items()},
+    "profiled": lambda n, s: profiled(s),
     "old, no batch counters": lambda n, s: {k: t for k, t in s.items() if "num_batches" not in k},
     "half precision": lambda n, s: {
         k: t.half() if t.is_floating_point() else t for k, t in s.items()
