@@ -33,8 +33,8 @@ def find_backbones(tree, path=""):
         stem = re.fullmatch(r"(.*?)(conv1|0)\.weight", str(name))  # 0: numbered by nn.Sequential
         if stem and getattr(value, "shape", ())[1:2] == (3,):
             own = {n.removeprefix(stem[1]): t for n, t in tree.items() if n.startswith(stem[1])}
-            own = {n.replace("shortcut", "downsample"): t for n, t in own.items()}
-            parts = [(n.partition("."), t) for n, t in own.items() if getattr(t, "numel", int)() > 1]
+            own = {n.replace("shortcut", "downsample"): t for n, t in own.items()}  # no counters:
+            parts = [(n.partition("."), t) for n, t in own.items() if getattr(t, "nbytes", 0) > 8]
             stages = sorted({head for (head, _, rest), _ in parts if rest.startswith("0.conv1.")})
             names = {"conv1": "conv1", "bn1": "bn1", "0": "conv1", "1": "bn1"}  # torchvision's
             names |= {stage: f"layer{i}" for i, stage in enumerate(stages, 1)}
