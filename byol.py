@@ -47,7 +47,6 @@ def random_resized_crop(x):
     first = (boxes <= S).all(2).float().argmax(1)  # the first box that fits is taken
     box = boxes.take_along_dim(first[:, None, None], 1)[:, 0]  # (B, 2) width, height
     corner = (torch.rand_like(box) * (S - box + 1)).floor()  # (B, 2) left, top
-
     # affine_grid counts from -1 at the left and top of an image to 1 at its right and bottom
     center = (2 * corner + box) / S - 1
     theta = torch.cat([torch.diag_embed(box / S), center[:, :, None]], 2)  # (B, 2, 3)
@@ -59,7 +58,6 @@ def rotate_hue(x, turns):
     r, g, b = x.unbind(1)  # (B, S, S) each
     value, chroma = x.amax(1), x.amax(1) - x.amin(1)
     unit = chroma.clamp(min=1e-8)  # gray has no chroma, and any hue
-
     # RGB to hue, in sixths of the circle (red at 0, green at 2, blue at 4), and back
     hue = torch.where(value == g, 2 + (b - r) / unit, 4 + (r - g) / unit)
     hue = torch.where(value == r, (g - b) / unit, hue) + 6 * turns
@@ -116,8 +114,7 @@ def mlp(inputs, hidden, dim):
         nn.Linear(inputs, hidden),
         nn.BatchNorm1d(hidden),
         nn.ReLU(),
-        nn.Linear(hidden, dim, bias=False),
-    )
+        nn.Linear(hidden, dim, bias=False))
 
 class BYOL(nn.Module):
     """Each view predicts the other's target. backbone: a ResNet with identity fc."""
@@ -147,12 +144,12 @@ def load_split(args, split, rank=0, world=1):
         kinds = Image.registered_extensions()
         files = [Path(f) for f in sorted(glob("**/*.*", root_dir=args.data, recursive=True))]
         files = [f for f in files if "image/" in Image.MIME.get(kinds.get(f.suffix.lower()), "")]
-        in_class = {s: [f for f in files if f.parts[0] == s and f.parts[2:]]
-                    for s in ("train", "test", "val")}
-        names = {s: {f.parts[1] for f in in_class[s]} for s in in_class}
-        tests = [in_class[s] for s in ("test", "val") if set() < names[s] <= names["train"]] + [[]]
+        deep = [f for f in files if f.parts[2:]]
+        sets = {s: [f for f in deep if f.parts[0] == s] for s in ("train", "test", "val")}
+        names = {s: {f.parts[1] for f in sets[s]} for s in sets}
+        tests = [sets[s] for s in ("test", "val") if set() < names[s] <= names["train"]] + [[]]
         alone = [f for f in files if f.parts[0] == "train"] or files  # if there are no classes
-        files = tests[0] if split == "test" else in_class["train"] or alone
+        files = tests[0] if split == "test" else sets["train"] or alone
         number = {name: i for i, name in enumerate(sorted(names["train"]))}
         data = [(Path(args.data, f), number[f.parts[1]] if number else -1) for f in files]
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[: args.subset]
@@ -297,4 +294,7 @@ def main(argv=None):
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(line_buffering=True)  # every line at once, also into a file
-    main()
+    try:
+        main()
+    except (KeyboardInterrupt, OSError, torch.OutOfMemoryError) as e:  # Ctrl-C has no words
+        sys.exit(f"{e}: --batch-size, --data-dir, --data FOLDER, tests/toy.py?" if str(e) else 130)

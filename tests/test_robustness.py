@@ -2,6 +2,7 @@
 
 import csv
 import importlib
+import io
 import os
 import pickle
 import re
@@ -13,9 +14,9 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, Small
+from conftest import METHODS, ROOT, Small
 from PIL import Image
-from torchvision import models
+from torchvision import datasets, models
 
 
 @pytest.fixture
@@ -279,6 +280,40 @@ def test_out_of_gpu_memory_is_one_line(folder, monkeypatch, capsys):
     err = capsys.readouterr().err
     assert len(err.splitlines()) == 1
     assert "--device cpu" in err
+
+
+def run_as_script(name, monkeypatch, *flags):
+    """The script as a program, up to its end: what it exits with."""
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, flags)])
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO()))
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / f"{name}.py"), run_name="__main__")
+    return end.value.code
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_failed_download_names_the_ways_out(name, monkeypatch, tmp_path):
+    missing = (tmp_path / "nothing.tar.gz").as_uri()
+    monkeypatch.setattr(datasets.CIFAR10, "url", missing)
+    flags = ["--data-dir", tmp_path / "data", "--device", "cpu", "--out", tmp_path / "run"]
+    sentence = run_as_script(name, monkeypatch, *flags)
+    assert len(sentence.splitlines()) == 1
+    assert all(way in sentence for way in ("--data-dir", "--data FOLDER", "tests/toy.py"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("what", ["memory", "Ctrl-C"])
+def test_out_of_memory_and_ctrl_c_end_without_traceback(name, what, folder, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        if what == "memory":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch.nn.Module, "to", fail)
+    flags = ["--data", folder, "--size", 8, "--batch-size", 16, "--device", "cpu"]
+    code = run_as_script(name, monkeypatch, *flags, "--out", tmp_path / "run")
+    assert code == 130 if what == "Ctrl-C" else "--batch-size" in code
 
 
 class Harmful:
