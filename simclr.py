@@ -60,7 +60,7 @@ def rotate_hue(x, turns):
     # RGB to hue, in sixths of the circle (red at 0, green at 2, blue at 4), and back
     hue = torch.where(value == g, 2 + (b - r) / unit, 4 + (r - g) / unit)
     hue = torch.where(value == r, (g - b) / unit, hue) + 6 * turns
-    k = [(n + hue) % 6 for n in (5, 3, 1)]  # r, g, b: fall 0-1, low 1-3, rise 3-4, high 4-6
+    k = [(n + hue) % 6 for n in (5, 3, 1)]  # of r, g, b; at k 0-1 each falls, at 3-4 it rises
     return torch.stack([value - chroma * torch.minimum(i, 4 - i).clamp(0, 1) for i in k], 1)
 
 def augment(images):
@@ -75,9 +75,9 @@ def augment(images):
     jittered = x
     for change in torch.randperm(4).tolist():  # one order a batch; drawn on the CPU, no wait
         gray = TF.rgb_to_grayscale(jittered)  # (B, 1, S, S)
-        if change < 3:  # brightness, contrast, saturation: toward (below 1) or away from
-            other = (0 * gray, gray.mean((2, 3), keepdim=True), gray)[change]  # this one
-            jittered = torch.lerp(other, jittered, draw(0.6, 1.4)).clamp(0, 1)
+        if change < 3:  # brightness, contrast, saturation: toward other (below 1) or away
+            other = (0 * gray, gray.mean((2, 3), keepdim=True), gray)[change]
+            jittered = torch.lerp(other, jittered, draw(0.6, 1.4)).clamp(0, 1)  # 1: unchanged
         else:
             jittered = rotate_hue(jittered, draw(-0.1, 0.1)[:, 0])
     x = torch.where(draw(0, 1) < 0.8, jittered, x)
