@@ -27,18 +27,18 @@ BUILT_IN = {"cifar10": 32, "cifar100": 32, "stl10": 96}  # data sets and the sid
 
 # ------------------------------------------------------------------ 1. Checkpoint
 def find_backbones(tree, path=""):
-    """Every ResNet in nested dictionaries: its place, "module.encoder_q.", and its state_dict."""
+    """Every ResNet in nested dictionaries: its place, "module.encoder_q.", and state_dict."""
     for name, value in tree.items() if isinstance(tree, dict) else ():
         yield from find_backbones(value, f"{path}{name}.")
-        stem = re.fullmatch(r"(.*?)(conv1|0)\.weight", str(name))  # 0: numbered by nn.Sequential
+        stem = re.fullmatch(r"(.*?)(conv1|0)\.weight", str(name))  # 0: by nn.Sequential
         if stem and getattr(value, "shape", ())[1:2] == (3,):
-            own = {n.removeprefix(stem[1]): t for n, t in tree.items() if n.startswith(stem[1])}
-            own = {n.replace("shortcut", "downsample"): t for n, t in own.items()}  # no counters:
-            parts = [(n.partition("."), t) for n, t in own.items() if getattr(t, "nbytes", 0) > 8]
-            stages = sorted({head for (head, _, rest), _ in parts if rest.startswith("0.conv1.")})
-            names = {"conv1": "conv1", "bn1": "bn1", "0": "conv1", "1": "bn1"}  # torchvision's
+            at = {n: t for n, t in tree.items() if getattr(t, "nbytes", 0) > 8}  # no counters
+            at = {n.removeprefix(stem[1]): t for n, t in at.items() if n.startswith(stem[1])}
+            parts = [(n.replace("shortcut", "downsample").partition("."), at[n]) for n in at]
+            stages = sorted({h for (h, _, rest), _ in parts if rest.startswith("0.conv1.")})
+            names = {"conv1": "conv1", "bn1": "bn1", "0": "conv1", "1": "bn1"}
             names |= {stage: f"layer{i}" for i, stage in enumerate(stages, 1)}
-            state = {f"{names[head]}.{rest}": t for (head, _, rest), t in parts if head in names}
+            state = {f"{names[h]}.{rest}": t for (h, _, rest), t in parts if h in names}
             if len(stages) == 4:
                 yield path + stem[1], state
 
@@ -52,19 +52,19 @@ def build_backbone(block, depths, small_stem, **widths):
     return backbone
 
 def load_backbone(path):
-    """Any saved ResNet (18 to 152, wide, ResNeXt), and the arguments of a script here ({}: not). A
-    3x3 conv1 means stride 1 without max-pool. Raises OSError, or ValueError for wrong tensors."""
+    """Any saved ResNet (18 to 152, wide, ResNeXt), and the arguments of a script here or {}.
+    A 3x3 conv1 means stride 1 without max-pool. Raises OSError, ValueError."""
     with torch.serialization.safe_globals([argparse.Namespace]), open(path, "rb") as file:
         try:
-            saved = torch.load(file, map_location="cpu", weights_only=True)  # runs no code from it
+            saved = torch.load(file, map_location="cpu", weights_only=True)  # runs no code
         except Exception as error:
-            raise ValueError(f"{path} is damaged or not only tensors: save state_dict") from error
+            raise ValueError(f"{path} is damaged or not only tensors: save those") from error
     networks = list(find_backbones(saved))
     if not networks:
-        raise ValueError(f"{path} is no checkpoint of a ResNet: no conv1 beside layer1 to layer4")
-    copy = re.compile(r"(?i)mom|target|teacher|key|avg|(^|[._])(ema|k|m)([._]|$)")  # last choice
+        raise ValueError(f"{path} is no checkpoint of a ResNet: no conv1, layer1 to layer4")
+    copy = re.compile(r"(?i)mom|target|teacher|key|avg|(^|[._])(ema|k|m)([._]|$)")  # are last
     _, state = min(networks, key=lambda n: (bool(copy.search(n[0])), n[0].count(".")))
-    depths = [len({n.split(".")[1] for n in state if n[:6] == f"layer{i}"}) for i in (1, 2, 3, 4)]
+    depths = [len({n.split(".")[1] for n in state if n[:6] == f"layer{i}"}) for i in "1234"]
     block, widths = resnet.BasicBlock, {}
     if "layer1.0.conv3.weight" in state:  # conv2 is (groups * width, width, 3, 3)
         block, (out, width, _, _) = resnet.Bottleneck, state["layer1.0.conv2.weight"].shape
@@ -74,7 +74,7 @@ def load_backbone(path):
         backbone.load_state_dict(state)
     except RuntimeError as error:  # names the tensor
         raise ValueError(f"{path}: {' '.join(str(error).split())[:500]}") from error
-    args = saved["args"] if isinstance(saved.get("args"), dict) else {}  # of others: unknown words
+    args = saved["args"] if isinstance(saved.get("args"), dict) else {}
     return backbone, args if args.get("method") in ("SimSiam", "BYOL", "SimCLR") else {}
 
 # ------------------------------------------------------------------ 2. Data
@@ -143,9 +143,9 @@ def knn_accuracy(h, y, test_h, test_y, k, temperature):
 
 # ------------------------------------------------------------------ 4. The linear layer
 def linear_probe(h, y):
-    """Logistic regression by L-BFGS: features h (N, D), labels y (N,) -> nn.Linear for these, and
-    the weight decay (on standardized features) that did best on a tenth held out."""
-    mean, std = h.mean(0), h.std(0).clamp(min=0.01 * h.std().item() + 1e-12)  # a dead one: not 0
+    """Logistic regression by L-BFGS: features h (N, D), labels y (N,) -> nn.Linear for these,
+    and the weight decay (on standardized features) that did best on a tenth held out."""
+    mean, std = h.mean(0), h.std(0).clamp(min=0.01 * h.std().item() + 1e-12)  # not 0
     variance, axes = torch.linalg.eigh(((h - mean) / std).T.cov())  # (D,), (D, D)
     h = ((h - mean) / std) @ axes  # standardized, then turned to the principal axes
     held, rest = torch.randperm(len(h)).to(h.device).tensor_split([len(h) // 10])
@@ -153,14 +153,14 @@ def linear_probe(h, y):
 
     def fit(h, y, decay):
         scale = (variance.clamp(min=0) / 2 + decay).rsqrt()  # of units in which the loss
-        layer.weight.data /= scale  # curves alike on all axes: L-BFGS takes a quarter of the steps
-        settings = {"max_iter": 100, "tolerance_change": 1e-5, "line_search_fn": "strong_wolfe"}
-        optimizer = torch.optim.LBFGS(layer.parameters(), **settings)
+        layer.weight.data /= scale  # curves alike on all axes: a quarter of L-BFGS's steps
+        flags = {"max_iter": 100, "tolerance_change": 1e-5, "line_search_fn": "strong_wolfe"}
+        optimizer = torch.optim.LBFGS(layer.parameters(), **flags)
 
         def closure():
             optimizer.zero_grad()
-            weight = layer.weight * scale
-            loss = F.cross_entropy(h @ weight.T + layer.bias, y) + decay / 2 * weight.square().sum()
+            w = layer.weight * scale
+            loss = F.cross_entropy(h @ w.T + layer.bias, y) + decay / 2 * w.square().sum()
             loss.backward()
             return loss
 

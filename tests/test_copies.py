@@ -67,16 +67,17 @@ def test_length_and_width(name):
     assert [i for i, line in enumerate(lines, 1) if len(line) > 100] == []
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_air(name):
-    """No long line in sections 1 and 3, at most 30 elsewhere; main has paragraphs."""
+    """No long line in the sections that people read, at most 30 elsewhere; main has paragraphs."""
     section, wide = "0", []
     for line in source(name).splitlines():
         section = line.strip("# -")[0] if line.startswith("# ---") else section
         wide += [section] if len(line) >= 95 else []
-    assert not {"1", "3"} & {*wide}
+    assert not {"1", "4" if name == "linear_eval" else "3"} & {*wide}
     assert len(wide) <= 30
-    assert functions(name)["main"].count("\n\n    # ") >= 4
+    if name in METHODS:
+        assert functions(name)["main"].count("\n\n    # ") >= 4
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
