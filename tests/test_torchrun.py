@@ -14,8 +14,20 @@ from torch import nn
 import simclr
 
 FLAGS = "--size 8 --subset 47 --batch-size 16 --device cpu"  # 47: one rank has an image more
+# A process of a gloo group may abort as Python takes it apart (one run in some twenty, torch 2.14,
+# "terminate called without an active exception"), when its work is done and saved: without that.
+LEAVE = """
+import os, sys
+import torch
+def leave():
+    torch.distributed.barrier()  # or the launcher would end the other rank with this one
+    sys.stdout.flush()
+    os._exit(0)
+"""
 # What each rank runs: the main of the three scripts, then leave its own weights behind.
-DRIVER = """
+DRIVER = (
+    LEAVE
+    + """
 import importlib, os, sys
 import torch
 from conftest import METHODS, Small
@@ -40,8 +52,12 @@ for name, kind in METHODS.items():
     torch.save([models[0].state_dict(), seen, seeds], f"{out}/{name}{rank}.pt")
     script.main([*sys.argv[2:], "--epochs", "3", "--out", f"{out}/{name}", "--resume"])
     torch.save(models[1].state_dict(), f"{out}/{name}{rank}_resumed.pt")
+leave()
 """
-NT_XENT = """
+)
+NT_XENT = (
+    LEAVE
+    + """
 import os, sys
 import torch
 from torch import nn
@@ -57,7 +73,9 @@ loss = simclr.nt_xent(z1, z2, 0.5)
 loss.backward()
 gradients = [p.grad for p in network.parameters()]
 torch.save([loss.detach(), *gradients], f"{sys.argv[1]}/rank{rank}.pt")
+leave()
 """
+)
 
 
 def torchrun(*command, processes=2):
