@@ -1,7 +1,10 @@
 """Folders of images, and torchvision's built-in sets through torchvision's own download."""
 
+import argparse
 import hashlib
 import pickle
+import runpy
+import sys
 import tarfile
 import urllib.response
 
@@ -240,10 +243,11 @@ def test_linear_eval_reads_cifar_exactly(tiny_cifar, tmp_path):
         "seed": 0,
     }
     for split, part in (("train", slice(12)), ("test", slice(12, 18))):
-        images, labels, names = load(linear_eval, split, **flags)
+        args = argparse.Namespace(**flags)
+        items = linear_eval.load_splits(args)[split]
+        images, labels = linear_eval.decode(items, args), [y for _, y in items]
         expected = {image.tobytes(): i % 6 for i, image in enumerate(pixels[part])}
         assert {x.numpy().tobytes(): int(y) for x, y in zip(images, labels)} == expected
-        assert names == list("abcdef")
 
 
 @pytest.fixture
@@ -280,16 +284,19 @@ def test_stl10_pretrains_on_the_unlabeled_images(script, tmp_path, capsys):
 @pytest.mark.usefixtures("tiny_stl10")
 def test_linear_eval_takes_the_labeled_images_of_stl10(tmp_path, capsys):
     flags = ["--data", "stl10", "--data-dir", str(tmp_path / "data"), "--size", "8"]
-    linear_eval.main([*flags, "--device", "cpu", "--pictures", str(tmp_path / "pictures")])
+    saved = tmp_path / "features.pt"
+    linear_eval.main([*flags, "--device", "cpu", "--features", str(saved)])
     printed = capsys.readouterr().out
-    assert "4 train and 4 test images of 8 px" in printed
-    assert [line.split(":")[0] for line in printed.splitlines() if line[:4] == "    "] == [
-        "    a",
-        "    b",
-    ]
+    assert "train: 4 images of 8 px" in printed
+    assert "test: 4 images of 8 px" in printed
+    for split in torch.load(saved).values():
+        assert sorted(split["labels"].tolist()) == [0, 0, 1, 1]
+        assert sorted(split["paths"]) == [0, 1, 2, 3]
 
 
 def test_linear_eval_names_the_ways_out_of_a_failed_download(monkeypatch, tmp_path):
     monkeypatch.setattr(datasets.CIFAR10, "url", (tmp_path / "nothing.tar.gz").as_uri())
-    with pytest.raises(OSError, match="--data cifar10: .*--data-dir and --data FOLDER"):
-        linear_eval.main(["--data-dir", str(tmp_path / "data"), "--device", "cpu"])
+    flags = ["linear_eval.py", "--data-dir", str(tmp_path / "data"), "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", flags)
+    with pytest.raises(SystemExit, match=r"--data FOLDER, --data-dir, --device cpu\)$"):
+        runpy.run_path(linear_eval.__file__, run_name="__main__")

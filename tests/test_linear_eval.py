@@ -1,12 +1,21 @@
-"""The probe: which checkpoints it opens, and how good its linear layer is."""
+"""The probe: which checkpoints it opens, what it saves, and how good its linear layer is."""
 
+import argparse
 import collections
+import os
 import pickle
+import re
 import shutil
+import sys
+import types
+import weakref
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import Small
 from PIL import Image
 from torch import nn
 from torchvision import models
@@ -16,7 +25,7 @@ import linear_eval
 
 
 def build(arch, small_stem=False):
-    """A torchvision network with random statistics, in eval mode, and its features of an image."""
+    """A torchvision network in which all tensors differ, in eval mode, and features of images."""
     torch.manual_seed(0)
     network = models.get_model(arch, num_classes=7)
     if small_stem:
@@ -25,6 +34,9 @@ def build(arch, small_stem=False):
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.running_mean, -0.1, 0.1)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.uniform_(module.bias, -0.1, 0.1)
     network.eval()
     x = torch.rand(2, 3, 32, 32)
     features = nn.Sequential(*list(network.children())[:-1])(x).flatten(1)
@@ -37,11 +49,18 @@ def prefixed(state, prefix):
 
 def momentum(state):
     """The same network a few steps later."""
-    return {name: t + 1 if t.is_floating_point() else t for name, t in state.items()}
+    return {name: 1.1 * t if t.is_floating_point() else t for name, t in state.items()}
 
 
 def numbered(network):
     return nn.Sequential(*list(network.children())[:-1]).state_dict()
+
+
+def renamed(state, *changes):
+    """The state with (pattern, replacement) after one another in its names."""
+    for pattern, replacement in changes:
+        state = {re.sub(pattern, replacement, name): t for name, t in state.items()}
+    return state
 
 
 def without_pool(network):
@@ -92,7 +111,19 @@ LAYOUTS = {
     "numbered": lambda n, s: numbered(n),
     "numbered in backbone": lambda n, s: {"state_dict": prefixed(numbered(n), "backbone.")},
     "numbered without pool": lambda n, s: prefixed(without_pool(n), "f."),
-    "shortcut": lambda n, s: {k.replace("downsample", "shortcut"): t for k, t in s.items()},
+    "shortcut": lambda n, s: renamed(s, ("downsample", "shortcut")),
+    "shortcut in a numbered list": lambda n, s: {
+        "net": renamed(numbered(n), ("downsample", "shortcut"), (r"^(\d)", r"encoder.0.\1"))
+    },
+    "a stem of its own": lambda n, s: prefixed(
+        renamed(s, (r"^(conv1|bn1)", r"stem.\1"), ("^layer(.)", r"stages.\1.blocks")), "module."
+    ),
+    "layer0": lambda n, s: renamed(s, (r"^conv1", "layer0.0"), (r"^bn1", "layer0.1")),
+    "no torchvision name but weight and bias": lambda n, s: {
+        "a": {"b": renamed(s, (r"conv", "c"), ("bn", "norm"), ("layer", "res"))}
+    },
+    "sorted by name": lambda n, s: dict(sorted(prefixed(s, "encoder.").items())),
+    "a head in front": lambda n, s: {"net": {"prototypes.weight": s["fc.weight"], **s}},
     "profiled": lambda n, s: profiled(s),
     "old, no batch counters": lambda n, s: {k: t for k, t in s.items() if "num_batches" not in k},
     "half precision": lambda n, s: {
@@ -126,16 +157,24 @@ def test_architectures(arch, small_stem, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ([torch.ones(3)], "no conv1"),
-        (models.VisionTransformer(32, 16, 1, 2, 16, 32).state_dict(), "no conv1"),
-        (models.squeezenet1_1().state_dict(), "no conv1"),
-        ({"epoch": 3}, "no conv1"),
+        ([torch.ones(3)], "no convolution"),
+        (models.VisionTransformer(32, 16, 1, 2, 16, 32).state_dict(), r"conv_proj.weight \[16, 3"),
+        (models.squeezenet1_1().state_dict(), r"features.0.bias \[64\]"),
+        ({"epoch": 3}, "no convolution"),
+        (models.resnet18(norm_layer=nn.Identity).state_dict(), r"layer1.0.conv1.weight \[64, 64,"),
+        (resnet.ResNet(resnet.BasicBlock, [1, 3, 2, 1]).state_dict(), r"layer2.0.conv1.weight"),
+        ({"conv1.weight": torch.ones(64, 1, 7, 7)}, r"conv1.weight \[64, 1, 7, 7\]"),
+        ({"conv1.weight": torch.ones(64, 4, 7, 7)}, r"conv1.weight \[64, 4, 7, 7\]"),
+        ({"m": {"conv1.weight": torch.ones(128, 3, 7, 7)}}, r"m.conv1.weight \[128, 3, 7, 7\]"),
+        ({"conv1.weight": torch.ones(64, 3, 5, 5)}, r"conv1.weight \[64, 3, 5, 5\]"),
     ],
-    ids=["list", "ViT", "SqueezeNet", "no tensors"],
+    ids=["list", "ViT", "SqueezeNet", "none", "norms", "depths", "gray", "RGBA", "x2", "5x5"],
 )
 def test_what_is_no_resnet_is_refused(content, message, tmp_path):
     torch.save(content, tmp_path / "saved.pth")
-    with pytest.raises(ValueError, match=rf"saved\.pth is no checkpoint of a ResNet.*{message}"):
+    with pytest.raises(
+        ValueError, match=rf"saved\.pth is no checkpoint of a torchvision ResNet.*{message}"
+    ):
         linear_eval.load_backbone(tmp_path / "saved.pth")
 
 
@@ -157,7 +196,7 @@ def test_files_that_are_no_checkpoint(tmp_path):
     harmful = pickle.dumps({"state_dict": Code(str(tmp_path / "harm"))}, protocol=2)
     for content in (b"", whole[: len(whole) // 2], b"hello\n", harmful):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=r"saved\.pth is damaged or not only tensors"):
+        with pytest.raises(ValueError, match=r"saved\.pth: .*; torch.save the model.state_dict"):
             linear_eval.load_backbone(path)
     assert not (tmp_path / "harm").exists()
     with pytest.raises(FileNotFoundError, match="nowhere"):
@@ -166,14 +205,166 @@ def test_files_that_are_no_checkpoint(tmp_path):
 
 @pytest.mark.parametrize("name", ["layer2.1.conv2.weight", "bn1.running_var", "layer3.0.bn1.bias"])
 def test_a_missing_or_misshapen_tensor_is_named(name, tmp_path):
+    """A missing one by what is there in its place."""
     state = build("resnet18")[0].state_dict()
+    names = [n for n in state if "batches" not in n]
+    following = names[names.index(name) + 1]
     tensor = state.pop(name)
     torch.save(prefixed(state, "encoder."), tmp_path / "saved.pth")
-    with pytest.raises(ValueError, match=rf"saved\.pth: .*Missing key.*{name}"):
+    with pytest.raises(ValueError, match=rf"saved\.pth .*see encoder\.{following} "):
         linear_eval.load_backbone(tmp_path / "saved.pth")
+    state = build("resnet18")[0].state_dict()
     torch.save(prefixed(state | {name: tensor[:5]}, "encoder."), tmp_path / "saved.pth")
-    with pytest.raises(ValueError, match=rf"saved\.pth: .*size mismatch for {name}: .*\[5[],]"):
+    with pytest.raises(ValueError, match=rf"saved\.pth .*see encoder\.{name} \[5[],]"):
         linear_eval.load_backbone(tmp_path / "saved.pth")
+
+
+class PreActivation(nn.Module):
+    """A block of He et al. 2016b: BatchNorm and ReLU before each convolution."""
+
+    def __init__(self, inputs, outputs, stride):
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(inputs)
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        if inputs != outputs:
+            self.downsample = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False))
+
+
+@pytest.mark.parametrize("own_stem", [False, True])
+def test_a_pre_activation_resnet_is_refused(own_stem, tmp_path):
+    """Up to its second stage it has the very shapes of a ResNet-18."""
+    layers = {"conv1": nn.Conv2d(3, 64, 3, 1, 1, bias=False)}
+    if own_stem:
+        layers["bn1"] = nn.BatchNorm2d(64)
+    width = 64
+    for i, outputs in enumerate((64, 128, 256, 512), 1):
+        blocks = PreActivation(width, outputs, 2), PreActivation(outputs, outputs, 1)
+        layers[f"layer{i}"], width = nn.Sequential(*blocks), outputs
+    layers["bn"] = nn.BatchNorm2d(512)
+    torch.save(nn.ModuleDict(layers).state_dict(), tmp_path / "saved.pth")
+    with pytest.raises(ValueError, match=r"is no checkpoint of a torchvision ResNet: see "):
+        linear_eval.load_backbone(tmp_path / "saved.pth")
+
+
+def test_foreign_names_in_another_order_are_refused(tmp_path):
+    """A bias has the shape of its weight: by shapes alone the two would change places."""
+    state = renamed(build("resnet18")[0].state_dict(), ("downsample", "shortcut"))
+    order = list(state)
+    for i, name in enumerate(order):
+        if name.endswith("bias") and name != "fc.bias":
+            order[i - 1], order[i] = order[i], order[i - 1]
+    torch.save({name: state[name] for name in order}, tmp_path / "saved.pth")
+    with pytest.raises(ValueError, match=r"see bn1\.bias \[64\]"):
+        linear_eval.load_backbone(tmp_path / "saved.pth")
+
+
+Unknown = type("Unknown", (), {"__module__": "library_of_theirs"})  # not installed
+
+
+def extras():
+    unknown = Unknown()
+    unknown.state = {"a": [1, 2]}
+    return {
+        "numpy scalar": np.float64(0.9),
+        "numpy array": np.ones(3),
+        "Path": Path("runs"),
+        "Namespace": argparse.Namespace(lr=0.1, out=Path("x")),
+        "scheduler": torch.optim.lr_scheduler.StepLR(torch.optim.SGD([torch.ones(1)]), 3),
+        "unknown": unknown,
+    }
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("extra", extras())
+def test_objects_beside_the_weights_do_no_harm(extra, zipped, tmp_path, monkeypatch):
+    library = types.SimpleNamespace(Unknown=Unknown)
+    monkeypatch.setitem(sys.modules, "library_of_theirs", library)
+    network, x, features = build("resnet18")
+    saved = {"args": extras()[extra], "state_dict": network.state_dict()}
+    torch.save(saved, tmp_path / "saved.pth", _use_new_zipfile_serialization=zipped)
+    monkeypatch.delitem(sys.modules, "library_of_theirs")
+    backbone, trained = linear_eval.load_backbone(tmp_path / "saved.pth")
+    torch.testing.assert_close(backbone.eval()(x), features, rtol=1e-5, atol=1e-5)
+    assert trained == {}
+
+
+class Call:
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("function", [os.system, os.mkdir, eval, exec, open])
+def test_what_runs_code_never_runs(function, zipped, tmp_path):
+    """It is refused, or a stand-in takes its place."""
+    harm = tmp_path / "harm"
+    argument = {os.system: f"touch {harm}", os.mkdir: str(harm), open: str(harm)}
+    code = f"__import__('os').mkdir({str(harm)!r})"
+    extra = Call(function, argument.get(function, code), *(["w"] if function is open else []))
+    state = {"extra": extra, "state_dict": build("resnet18")[0].state_dict()}
+    torch.save(state, tmp_path / "saved.pth", _use_new_zipfile_serialization=zipped)
+    if function in (os.system, os.mkdir):
+        with pytest.raises(ValueError, match=r"saved\.pth: .*(posix|nt).*torch.save the model"):
+            linear_eval.load_backbone(tmp_path / "saved.pth")
+    else:
+        linear_eval.load_backbone(tmp_path / "saved.pth")
+    assert not harm.exists()
+
+
+def test_safetensors_end_in_a_sentence(tmp_path):
+    header = b'{"conv1.weight":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+    content = len(header).to_bytes(8, "little") + header + bytes(4)
+    (tmp_path / "x.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match=r"x\.safetensors: .*torch.save the model.state_dict"):
+        linear_eval.load_backbone(tmp_path / "x.safetensors")
+
+
+def test_what_is_taken_is_said_and_prefix_takes_another(folder, tmp_path, capsys):
+    network, x, features = build("resnet18", small_stem=True)
+    state = network.state_dict()
+    both = {
+        "teacher": prefixed(momentum(state), "module.backbone."),
+        "student": prefixed(state, "module.backbone."),
+    }
+    torch.save(both, tmp_path / "saved.pth")
+    backbone, _ = linear_eval.load_backbone(tmp_path / "saved.pth")
+    torch.testing.assert_close(backbone.eval()(x), features)
+    line = "resnet18 from student.module.backbone, 3x3 stem without max-pool\n"
+    assert capsys.readouterr().out == line
+    place = "teacher.module.backbone"
+    teacher, _ = linear_eval.load_backbone(tmp_path / "saved.pth", place)
+    assert torch.equal(teacher.bn1.bias, 1.1 * state["bn1.bias"])
+    capsys.readouterr()
+    probe(tmp_path / "saved.pth", "--prefix", place, "--data", folder, "--size", 8)
+    assert capsys.readouterr().out.startswith("resnet18 from teacher.module.backbone, ")
+    with pytest.raises(ValueError, match=rf"--prefix ema: .* has {place}, student\.module\.backb"):
+        probe(tmp_path / "saved.pth", "--prefix", "ema", "--data", folder)
+
+
+def test_a_network_at_the_top_is_named_so(tmp_path, capsys):
+    torch.save(build("resnet50")[0].state_dict(), tmp_path / "saved.pth")
+    linear_eval.load_backbone(tmp_path / "saved.pth", "top")
+    assert capsys.readouterr().out == "resnet50 from top, 7x7 stem with max-pool\n"
+
+
+@pytest.mark.parametrize(("small_stem", "flag"), [(True, "--max-pool"), (False, "--no-max-pool")])
+def test_max_pool_other_than_usual(small_stem, flag, folder, tmp_path, capsys):
+    network, x, usual = build("resnet18", small_stem)
+    network.maxpool = nn.MaxPool2d(3, 2, 1) if small_stem else nn.Identity()
+    torch.save(network.state_dict(), tmp_path / "saved.pth")
+    network.fc = nn.Identity()
+    backbone, _ = linear_eval.load_backbone(tmp_path / "saved.pth", max_pool=small_stem)
+    torch.testing.assert_close(backbone.eval()(x), network(x))
+    assert not torch.allclose(backbone(x), usual, rtol=0.1)
+    capsys.readouterr()
+    probe(tmp_path / "saved.pth", "--data", folder, "--size", 8, flag)
+    kernel = "3x3 stem with max-pool" if small_stem else "7x7 stem without max-pool"
+    assert kernel in capsys.readouterr().out
 
 
 def blobs(count, seed):
@@ -275,53 +466,133 @@ def probe(*flags):
 def test_untrained_floor(folder, capsys):
     probe("--data", folder, "--size", 8)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "48 train and 24 test images of 8 px, 512 features"
-    assert [line.split(":")[0] for line in lines[1:]] == ["kNN top-1"] * 2 + [
-        "linear top-5",
-        "linear top-1",
-    ]
-    assert lines[3].startswith("linear top-5: 100.00%")  # there are three classes
+    assert lines[0] == "train: 48 images of 8 px, 512 features"
+    assert lines[1] == "test: 24 images of 8 px, 512 features"
+    expected = ["kNN top-1"] * 2 + ["linear top-1"]
+    assert [line.split(":")[0] for line in lines[2:]] == expected
 
 
-def test_saved_layer_works_on_raw_features(folder, tmp_path, capsys):
+def test_printed_accuracy_is_that_of_the_saved_features(folder, tmp_path, capsys):
+    """They are the network's; a layer fitted to them is as good as it is said to be."""
     network, _, _ = build("resnet18", small_stem=True)
     torch.save(network.state_dict(), tmp_path / "network.pth")
-    out = tmp_path / "layer.pt"
-    probe(tmp_path / "network.pth", "--data", folder, "--size", 8, "--out", out)
+    out = tmp_path / "new" / "features.pt"
+    probe(tmp_path / "network.pth", "--data", folder, "--size", 8, "--features", out)
     printed = capsys.readouterr().out.splitlines()[-1]
-    network.fc = nn.Linear(512, 3)
-    network.fc.load_state_dict(torch.load(out, weights_only=True))
-    args = linear_eval.parse_args(["--data", str(folder), "--size", "8"])
-    images, labels, _ = linear_eval.load_split(args, "test")
-    with torch.no_grad():
-        top1 = (
-            network(
-                linear_eval.TF.normalize(images / 255, linear_eval.MEAN, linear_eval.STD)
-            ).argmax(1)
-            == labels
-        )
-    assert printed == f"linear top-1: {100 * top1.float().mean():.2f}%"
-    with pytest.raises(FileExistsError, match="layer.pt exists: choose another name"):
-        probe(tmp_path / "network.pth", "--data", folder, "--out", out)
+    saved = torch.load(out)
+    assert [*saved] == ["train", "test"]
+    network.fc = nn.Identity()
+    for split, count in (("train", 48), ("test", 24)):
+        assert [*saved[split]] == ["features", "labels", "paths"]
+        assert len(saved[split]["features"]) == len(saved[split]["paths"]) == count
+        for _, y, path in zip(*saved[split].values()):
+            assert Path(path).parent == folder / split / ["blue", "green", "red"][y]
+        items = [(Path(path), 0) for path in saved[split]["paths"]]
+        x = linear_eval.decode(items, linear_eval.parse_args(["--size", "8", "--data", "x"]))
+        with torch.no_grad():
+            x = linear_eval.TF.normalize(x / 255, linear_eval.MEAN, linear_eval.STD)
+            torch.testing.assert_close(network(x), saved[split]["features"], rtol=1e-4, atol=1e-4)
+    torch.manual_seed(0)
+    linear_eval.build_backbone("resnet18", True)  # no draw of it comes before the fit's
+    layer, _ = linear_eval.linear_probe(saved["train"]["features"], saved["train"]["labels"])
+    top1 = (layer(saved["test"]["features"]).argmax(1) == saved["test"]["labels"]).float().mean()
+    assert printed.startswith(f"linear top-1: {100 * top1:.2f}% (weight decay ")
+    before = out.read_bytes()
+    with pytest.raises(FileExistsError, match="features.pt exists: choose another name"):
+        probe(tmp_path / "network.pth", "--data", folder, "--features", out)
+    assert out.read_bytes() == before
+
+
+def test_without_labels_there_are_features_and_neighbors(folder, tmp_path, capsys):
+    flat = tmp_path / "photos"
+    shutil.copytree(folder / "train" / "red", flat / "summer" / "red")
+    shutil.copy(folder / "train" / "blue" / "0.png", flat)
+    shutil.copy(folder / "train" / "blue" / "0.png", flat / "again.png")
+    files = ["--features", tmp_path / "f.pt", "--neighbors", tmp_path / "n.png"]
+    probe("--data", flat, "--size", 8, *files)
+    assert capsys.readouterr().out == "all: 18 images of 8 px, 512 features\n"
+    saved = torch.load(tmp_path / "f.pt")["all"]
+    assert saved["labels"].tolist() == [-1] * 18
+    assert sorted(saved["paths"]) == sorted(str(path) for path in flat.rglob("*.png"))
+    h = F.normalize(saved["features"])
+    i, j = (saved["paths"].index(str(flat / name)) for name in ("0.png", "again.png"))
+    assert (h @ h.T).fill_diagonal_(-1)[i].argmax() == j
+    with Image.open(tmp_path / "n.png") as picture:
+        assert picture.size == (10 * 98 + 2, 10 * 98 + 2)  # an image and nine neighbors
+
+
+def grays(folder, *levels):
+    folder.mkdir(parents=True)
+    for level in levels:
+        Image.new("L", (9, 9), level).save(folder / f"{level}.png")
+
+
+@pytest.mark.parametrize("labeled", [True, False])
+def test_neighbors_are_the_nearest(labeled, tmp_path, monkeypatch):
+    """By features that are an angle; the gray tells which image is where."""
+    if labeled:
+        grays(tmp_path / "x" / "train" / "a", 40, 80, 120)
+        grays(tmp_path / "x" / "train" / "b", 60, 100)
+        grays(tmp_path / "x" / "test" / "a", 92)
+        grays(tmp_path / "x" / "test" / "b", 45)
+    else:
+        grays(tmp_path / "x", 40, 70, 110)
+
+    def angles(backbone, items, args):
+        angle = linear_eval.decode(list(items), args)[:, 0, 0, 0] / 100
+        return torch.stack([angle.cos(), angle.sin()], 1) * angle[:, None]
+
+    monkeypatch.setattr(linear_eval, "extract_features", angles)
+    monkeypatch.setattr(linear_eval, "knn_accuracy", lambda *_: 0)
+    monkeypatch.setattr(linear_eval, "linear_probe", lambda h, y: (nn.Linear(2, 2), 0))
+    probe("--data", tmp_path / "x", "--size", 8, "--neighbors", tmp_path / "n.png")
+    with Image.open(tmp_path / "n.png") as picture:
+        pixels = np.asarray(picture.convert("L"))
+    shown = [[int(level) for level in row[50::98]] for row in pixels[50::98]]
+    rows = [[92, 100, 80, 120, 60, 40], [45, 40, 60, 80, 100, 120]]
+    alone = [[40, 70, 110], [70, 40, 110], [110, 70, 40]]
+    assert shown == rows if labeled else sorted(shown) == alone
+
+
+def test_images_are_decoded_a_batch_at_a_time_and_let_go(monkeypatch):
+    """Of 1,600 images at most two batches of 500 are held at any time."""
+    alive, most, decode = [], [], linear_eval.decode
+
+    def watched(items, args):
+        images = decode(items, args)
+        alive.append(weakref.ref(images))
+        most.append(sum(len(x()) for x in alive if x() is not None))
+        return images
+
+    monkeypatch.setattr(linear_eval, "decode", watched)
+    args = linear_eval.parse_args(["--data", "x", "--size", "8", "--device", "cpu"])
+    items = [(Image.new("L", (8, 8), i % 256), -1) for i in range(1600)]
+    backbone = Small()
+    h = linear_eval.extract_features(backbone, items, args)
+    assert max(most) <= 1000
+    x = decode(items[:700], args) / 255
+    x = linear_eval.TF.normalize(x, linear_eval.MEAN, linear_eval.STD)
+    torch.testing.assert_close(h[:700], backbone(x), rtol=1e-4, atol=1e-4)
 
 
 def test_other_tensors_than_torchvisions_are_named(tmp_path):
     state = build("resnet18")[0].state_dict()
-    torch.save(state | {"layer2.0.se.fc1.weight": torch.ones(4, 4)}, tmp_path / "saved.pth")
-    with pytest.raises(ValueError, match=r"layer2\.0\.se\.fc1\.weight"):
+    names = list(state)
+    names.insert(names.index("layer2.1.conv1.weight"), "layer2.0.se.weight")  # ends a block
+    state = {name: state.get(name, torch.ones(4, 4)) for name in names}
+    torch.save(state, tmp_path / "saved.pth")
+    with pytest.raises(ValueError, match=r"see layer2\.0\.se\.weight \[4, 4\]"):
         linear_eval.load_backbone(tmp_path / "saved.pth")
-
-
-def test_labels_are_needed(folder):
-    with pytest.raises(ValueError, match=r"--data .*red: no train/<class>/.*--data FOLDER"):
-        probe("--data", folder / "train" / "red", "--size", 8)
+    torch.save(dict(sorted(state.items())), tmp_path / "sorted.pth")
+    with pytest.raises(ValueError, match="is no checkpoint of a torchvision ResNet"):
+        linear_eval.load_backbone(tmp_path / "sorted.pth")
 
 
 def test_data_and_size_are_those_of_the_training(runs, folder, capsys):
     probe(runs / "simclr" / "checkpoint.pt", "--subset", 20)
-    assert "20 train and 20 test images of 8 px" in capsys.readouterr().out
+    assert "train: 20 images of 8 px" in capsys.readouterr().out
     probe(runs / "simclr" / "checkpoint.pt", "--size", 12)
-    assert "test images of 12 px" in capsys.readouterr().out
+    assert "test: 24 images of 12 px" in capsys.readouterr().out
 
 
 def test_two_images_are_enough_and_one_is_not(folder, tmp_path, capsys):
@@ -331,16 +602,8 @@ def test_two_images_are_enough_and_one_is_not(folder, tmp_path, capsys):
         (tmp_path / "few" / split / "red").mkdir(parents=True)
         for name in images:
             shutil.copy(folder / "train" / "red" / name, tmp_path / "few" / split / "red")
-    with pytest.raises(ValueError, match="at least two images"):
+    with pytest.raises(ValueError, match=" 1 images, too few"):
         probe("--data", tmp_path / "few", "--size", 8)
-
-
-def test_depths_are_read_off_the_names(tmp_path):
-    network = resnet.ResNet(resnet.BasicBlock, [1, 3, 2, 1])
-    torch.save(network.state_dict(), tmp_path / "saved.pth")
-    backbone, _ = linear_eval.load_backbone(tmp_path / "saved.pth")
-    stages = [backbone.layer1, backbone.layer2, backbone.layer3, backbone.layer4]
-    assert [len(stage) for stage in stages] == [1, 3, 2, 1]
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
@@ -359,11 +622,12 @@ def test_images_are_decoded_as_for_the_training(script, split, folder, tmp_path)
         gray.save(root / part / ".ipynb_checkpoints" / "x.png")
         gray.save(root / part / "red" / "._x.png")
     flags = ["--data", str(root), "--size", "8", "--seed", "3", "--subset", "45"]
-    images, labels, names = linear_eval.load_split(linear_eval.parse_args(flags), split)
+    args = linear_eval.parse_args(flags)
+    items = linear_eval.load_splits(args)[split]
+    images, labels = linear_eval.decode(items, args), torch.tensor([y for _, y in items])
     others, their_labels = script.load_split(script.parse_args(flags), split)
     assert torch.equal(images, others)
     assert torch.equal(labels, their_labels)
-    assert names == ["blue", "green", "red"]
     assert set(labels.tolist()) == ({0, 1, 2} if split == "train" else {1, 2})
     assert any((x == 117).all() for x in images)  # 30000 / 256
 
@@ -378,7 +642,8 @@ def test_above_64_px_more_is_resized_than_is_cut_out(tmp_path):
         image.save(tmp_path / split / "a" / "y.png")
     for size, darkest in ((112, 255), (64, 0)):
         flags = ["--data", str(tmp_path), "--size", str(size)]
-        images, _, _ = linear_eval.load_split(linear_eval.parse_args(flags), "train")
+        args = linear_eval.parse_args(flags)
+        images = linear_eval.decode(linear_eval.load_splits(args)["train"], args)
         assert images.shape == (2, 3, size, size)
         assert images[0, :, 2:-2, 2:-2].min() == darkest
 
@@ -386,7 +651,7 @@ def test_above_64_px_more_is_resized_than_is_cut_out(tmp_path):
 def test_a_class_that_train_lacks_is_named(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "images")
     shutil.copytree(folder / "test" / "red", tmp_path / "images" / "test" / "zebra")
-    with pytest.raises(ValueError, match=r"train/ has no class \['zebra'\]"):
+    with pytest.raises(ValueError, match=r"classes of train/ \(no \['zebra'\]\)"):
         probe("--data", tmp_path / "images", "--size", 8)
 
 
@@ -396,4 +661,4 @@ def test_arguments_of_other_software_are_not_taken(folder, tmp_path, capsys):
     torch.save({"model": network.state_dict(), "args": foreign}, tmp_path / "saved.pth")
     assert linear_eval.load_backbone(tmp_path / "saved.pth")[1] == {}
     probe(tmp_path / "saved.pth", "--data", folder)
-    assert "test images of 32 px" in capsys.readouterr().out
+    assert "test: 24 images of 32 px" in capsys.readouterr().out

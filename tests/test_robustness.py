@@ -268,7 +268,7 @@ def test_images_of_odd_sizes_are_read(size, script, tmp_path):
     assert images[0, :, 3, 5].tolist() == [10, 20, 30]
 
 
-def test_out_of_gpu_memory_is_one_line(folder, monkeypatch, capsys):
+def test_out_of_gpu_memory_is_one_line(folder, monkeypatch):
     def fail(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
@@ -276,10 +276,8 @@ def test_out_of_gpu_memory_is_one_line(folder, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["linear_eval.py", "--data", str(folder), "--size", "8"])
     with pytest.raises(SystemExit) as end:
         runpy.run_path(str(ROOT / "linear_eval.py"), run_name="__main__")
-    assert end.value.code == 2
-    err = capsys.readouterr().err
-    assert len(err.splitlines()) == 1
-    assert "--device cpu" in err
+    assert len(end.value.code.splitlines()) == 1
+    assert "--device cpu" in end.value.code
 
 
 def run_as_script(name, monkeypatch, *flags):
@@ -337,15 +335,15 @@ def resnet(change):
 
 
 BAD_CHECKPOINTS = {
-    "a ViT": (vit, "is no checkpoint of a ResNet"),
-    "a bare list": (lambda: [torch.zeros(3)], "is no checkpoint of a ResNet"),
+    "a ViT": (vit, "is no checkpoint of a torchvision ResNet"),
+    "a bare list": (lambda: [torch.zeros(3)], "is no checkpoint of a torchvision ResNet"),
     "a tensor missing": (
         lambda: resnet(lambda s: s.pop("layer3.1.conv2.weight")),
-        'Missing key(s) in state_dict: "layer3.1.conv2.weight"',
+        "layer3.1.bn2.weight [256]",  # what comes in its place
     ),
     "a tensor of the wrong shape": (
         lambda: resnet(lambda s: s.update({"layer2.0.conv1.weight": torch.zeros(128, 32, 3, 3)})),
-        "size mismatch for layer2.0.conv1.weight",
+        "layer2.0.conv1.weight [128, 32, 3, 3]",
     ),
 }
 
@@ -379,7 +377,7 @@ def test_a_network_that_is_not_finite_is_refused(folder, tmp_path):
 @pytest.mark.parametrize("content", [b"", b"hello", b"\x80\x02.", b"PK\x03\x04 truncated"])
 def test_files_that_are_no_checkpoint_at_all(content, tmp_path):
     (tmp_path / "x.pt").write_bytes(content)
-    with pytest.raises(ValueError, match="x.pt is damaged or not only tensors"):
+    with pytest.raises(ValueError, match="x.pt: .*; torch.save the model.state_dict"):
         importlib.import_module("linear_eval").load_backbone(tmp_path / "x.pt")
 
 
@@ -387,12 +385,12 @@ def test_files_that_are_no_checkpoint_at_all(content, tmp_path):
     ("flags", "message"),
     [
         (["{tmp}/nowhere.pt"], "{tmp}/nowhere.pt"),
-        (["--subset", "0"], "at least two images of each split, also of --subset"),
-        (["--out", "{tmp}/file.txt"], "{tmp}/file.txt exists: choose another name"),
-        (["--out", "{tmp}/file.txt/layer.pt"], "{tmp}/file.txt"),
-        (["--pictures", "{tmp}/file.txt"], "{tmp}/file.txt"),
-        (["--data", "{tmp}/classes"], "train/ has no class ['c']"),
-        (["--data", "{tmp}/nowhere"], "{tmp}/nowhere: no train/<class>/ and test/<class>/"),
+        (["--subset", "0"], "0 images, too few"),
+        (["--features", "{tmp}/file.txt"], "{tmp}/file.txt exists: choose another name"),
+        (["--neighbors", "{tmp}/file.txt"], "{tmp}/file.txt exists: choose another name"),
+        (["--features", "{tmp}/file.txt/f.pt"], "{tmp}/file.txt"),
+        (["--data", "{tmp}/classes"], "no test/ for the classes of train/ (no ['c'])"),
+        (["--data", "{tmp}/nowhere"], "{tmp}/nowhere: 0 images, too few"),
     ],
 )
 def test_bad_flags_of_linear_eval(flags, message, folder, bad):
