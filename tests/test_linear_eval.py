@@ -5,6 +5,7 @@ import collections
 import os
 import pickle
 import re
+import resource
 import shutil
 import sys
 import types
@@ -172,9 +173,7 @@ def test_architectures(arch, small_stem, tmp_path):
 )
 def test_what_is_no_resnet_is_refused(content, message, tmp_path):
     torch.save(content, tmp_path / "saved.pth")
-    with pytest.raises(
-        ValueError, match=rf"saved\.pth is no checkpoint of a torchvision ResNet.*{message}"
-    ):
+    with pytest.raises(ValueError, match=rf"saved\.pth is no torchvision ResNet.*{message}"):
         linear_eval.load_backbone(tmp_path / "saved.pth")
 
 
@@ -196,7 +195,7 @@ def test_files_that_are_no_checkpoint(tmp_path):
     harmful = pickle.dumps({"state_dict": Code(str(tmp_path / "harm"))}, protocol=2)
     for content in (b"", whole[: len(whole) // 2], b"hello\n", harmful):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=r"saved\.pth: .*; torch.save the model.state_dict"):
+        with pytest.raises(ValueError, match=r"saved\.pth: .*; torch.save its state_dict"):
             linear_eval.load_backbone(path)
     assert not (tmp_path / "harm").exists()
     with pytest.raises(FileNotFoundError, match="nowhere"):
@@ -244,8 +243,45 @@ def test_a_pre_activation_resnet_is_refused(own_stem, tmp_path):
         layers[f"layer{i}"], width = nn.Sequential(*blocks), outputs
     layers["bn"] = nn.BatchNorm2d(512)
     torch.save(nn.ModuleDict(layers).state_dict(), tmp_path / "saved.pth")
-    with pytest.raises(ValueError, match=r"is no checkpoint of a torchvision ResNet: see "):
+    with pytest.raises(ValueError, match=r"is no torchvision ResNet: see "):
         linear_eval.load_backbone(tmp_path / "saved.pth")
+
+
+@pytest.mark.parametrize("other", ["deeper", "deep stem", "attention", "two side by side"])
+def test_a_network_that_only_begins_like_a_resnet_18_is_refused(other, tmp_path):
+    """What is left of it when the known part is taken away is not a head."""
+    state = build("resnet18")[0].state_dict()
+    if other == "deeper":
+        state = resnet.ResNet(resnet.BasicBlock, [2, 2, 2, 3]).state_dict()
+    elif other == "deep stem":
+        state["conv2.weight"] = torch.ones(64, 64, 3, 3)
+    elif other == "attention":
+        state["ca.fc1.weight"] = torch.ones(4, 64, 1, 1)
+    else:
+        state = prefixed(state, "rgb_") | prefixed(momentum(state), "depth_")
+    torch.save(state, tmp_path / "saved.pth")
+    with pytest.raises(ValueError, match="see (layer4.2|conv2|ca.fc1|rgb_c|depth_c)"):
+        linear_eval.load_backbone(tmp_path / "saved.pth")
+
+
+def test_weights_beside_those_of_swa_and_of_the_start(tmp_path, capsys):
+    state = build("resnet18")[0].state_dict()
+    for copy in ("swa_model", "init", "ema"):
+        both = {copy: momentum(state), "model": prefixed(state, "module.")}
+        torch.save(both, tmp_path / "saved.pth")
+        linear_eval.load_backbone(tmp_path / "saved.pth")
+        assert "from model.module, " in capsys.readouterr().out
+
+
+def test_memory_of_a_refused_attempt_is_let_go(tmp_path):
+    """With 20 objects of libraries the file is read 21 times, but held once."""
+    kinds = [type(f"Kind{i}", (), {"__module__": __name__}) for i in range(20)]
+    globals().update({kind.__name__: kind for kind in kinds})
+    torch.save({"weights": torch.ones(2**24), "objects": [k() for k in kinds]}, tmp_path / "x.pt")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    linear_eval.read(tmp_path / "x.pt")
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10
+    assert grown < 5 * 64  # MiB, of which one copy takes 64
 
 
 def test_foreign_names_in_another_order_are_refused(tmp_path):
@@ -309,7 +345,7 @@ def test_what_runs_code_never_runs(function, zipped, tmp_path):
     state = {"extra": extra, "state_dict": build("resnet18")[0].state_dict()}
     torch.save(state, tmp_path / "saved.pth", _use_new_zipfile_serialization=zipped)
     if function in (os.system, os.mkdir):
-        with pytest.raises(ValueError, match=r"saved\.pth: .*(posix|nt).*torch.save the model"):
+        with pytest.raises(ValueError, match=r"saved\.pth: .*(posix|nt).*torch.save its"):
             linear_eval.load_backbone(tmp_path / "saved.pth")
     else:
         linear_eval.load_backbone(tmp_path / "saved.pth")
@@ -320,7 +356,7 @@ def test_safetensors_end_in_a_sentence(tmp_path):
     header = b'{"conv1.weight":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
     content = len(header).to_bytes(8, "little") + header + bytes(4)
     (tmp_path / "x.safetensors").write_bytes(content)
-    with pytest.raises(ValueError, match=r"x\.safetensors: .*torch.save the model.state_dict"):
+    with pytest.raises(ValueError, match=r"x\.safetensors: .*torch.save its state_dict"):
         linear_eval.load_backbone(tmp_path / "x.safetensors")
 
 
@@ -551,7 +587,7 @@ def test_neighbors_are_the_nearest(labeled, tmp_path, monkeypatch):
     shown = [[int(level) for level in row[50::98]] for row in pixels[50::98]]
     rows = [[92, 100, 80, 120, 60, 40], [45, 40, 60, 80, 100, 120]]
     alone = [[40, 70, 110], [70, 40, 110], [110, 70, 40]]
-    assert shown == rows if labeled else sorted(shown) == alone
+    assert sorted(shown, reverse=labeled) == (rows if labeled else alone)
 
 
 def test_images_are_decoded_a_batch_at_a_time_and_let_go(monkeypatch):
@@ -584,7 +620,7 @@ def test_other_tensors_than_torchvisions_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"see layer2\.0\.se\.weight \[4, 4\]"):
         linear_eval.load_backbone(tmp_path / "saved.pth")
     torch.save(dict(sorted(state.items())), tmp_path / "sorted.pth")
-    with pytest.raises(ValueError, match="is no checkpoint of a torchvision ResNet"):
+    with pytest.raises(ValueError, match="is no torchvision ResNet"):
         linear_eval.load_backbone(tmp_path / "sorted.pth")
 
 
@@ -651,7 +687,7 @@ def test_above_64_px_more_is_resized_than_is_cut_out(tmp_path):
 def test_a_class_that_train_lacks_is_named(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "images")
     shutil.copytree(folder / "test" / "red", tmp_path / "images" / "test" / "zebra")
-    with pytest.raises(ValueError, match=r"classes of train/ \(no \['zebra'\]\)"):
+    with pytest.raises(ValueError, match=r"classes of train/ only \(\['zebra'\]\)"):
         probe("--data", tmp_path / "images", "--size", 8)
 
 

@@ -3,14 +3,19 @@
 import importlib
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+from functools import partial
+from pathlib import Path
 
 import bench
 import pytest
+import torch
 from conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
 COMMANDS = [
     part.strip()
     for line in re.findall(r"^    ((?:python|pip|torchrun) .*)$", README, flags=re.MULTILINE)
@@ -42,7 +47,7 @@ def test_the_flags_of_each_command(command):
 
 def test_the_toy_set_as_the_readme_makes_it(tmp_path, capsys):
     """Drawn once, trained on for an epoch of a subset, measured and drawn by the README's flags."""
-    data, out, pictures = tmp_path / "toy", tmp_path / "run", tmp_path / "pictures"
+    data, out, picture = tmp_path / "toy", tmp_path / "run", tmp_path / "neighbors.png"
     make = [sys.executable, str(ROOT / "tests" / "toy.py"), str(data)]
     assert subprocess.run(make, capture_output=True, timeout=100).returncode == 0
     assert len(list(data.rglob("*.png"))) == 2500
@@ -51,10 +56,10 @@ def test_the_toy_set_as_the_readme_makes_it(tmp_path, capsys):
     train = next(command for command in COMMANDS if "simclr.py --data data/toy" in command)
     flags = shlex.split(train)[2:] + ["--data", str(data), "--out", str(out), "--device", "cpu"]
     importlib.import_module("simclr").main([*flags, "--epochs", "1", "--subset", "64"])
-    probe = next(command for command in COMMANDS if "--pictures" in command)
-    flags = shlex.split(probe)[3:] + ["--pictures", str(pictures), "--subset", "100"]
+    probe = next(command for command in COMMANDS if "--neighbors" in command)
+    flags = shlex.split(probe)[3:] + ["--neighbors", str(picture), "--subset", "100"]
     importlib.import_module("linear_eval").main([str(out / "checkpoint.pt"), *flags])
-    assert len(list(pictures.iterdir())) == 3
+    assert picture.exists()
     assert "linear top-1: " in capsys.readouterr().out
 
 
@@ -62,19 +67,72 @@ def test_the_snippet_for_plain_torchvision(runs, monkeypatch, tmp_path):
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "simsiam").symlink_to(runs / "simsiam")
     monkeypatch.chdir(tmp_path)
-    snippet = next(
-        code for code in re.findall(r"```python\n(.*?)```", README, re.S) if "torchvision" in code
-    )
     names = {}
-    exec(snippet, names)
+    exec(next(code for code in BLOCKS if "torchvision" in code), names)
     backbone = names["backbone"].eval()
     assert backbone(names["torch"].zeros(2, 3, 32, 32)).shape == (2, 512)
 
 
+@pytest.fixture
+def photos(folder, monkeypatch, tmp_path):
+    """photos.pt by the README's flags, of 19 photos of which the first two are the same."""
+    shutil.copytree(folder / "train", tmp_path / "PHOTOS" / "trip")
+    for photo in (tmp_path / "PHOTOS" / "trip").rglob("*[1-9].png"):
+        photo.rename(photo.with_suffix(".png" if photo.parent.name == "red" else ".txt"))
+    shutil.copy(tmp_path / "PHOTOS" / "trip" / "red" / "4.png", tmp_path / "PHOTOS" / "copy.png")
+    monkeypatch.chdir(tmp_path)
+    probe = next(command for command in COMMANDS if "--features" in command)
+    flags = shlex.split(probe)[3:] + ["--data", "PHOTOS", "--size", "8", "--device", "cpu"]
+    importlib.import_module("linear_eval").main(flags)
+
+
+@pytest.mark.usefixtures("photos")
+def test_the_ten_closest_pairs(capsys):
+    capsys.readouterr()
+    block = next(code for code in BLOCKS if "topk" in code)
+    assert len([line for line in block.splitlines() if line]) <= 7
+    exec(block, {})
+    pairs = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert len(pairs) == 10
+    assert pairs[0][0] == "1.000"
+    assert {*pairs[0][1:]} == {"PHOTOS/copy.png", "PHOTOS/trip/red/4.png"}
+    h = torch.nn.functional.normalize(torch.load("photos.pt")["all"]["features"])
+    paths = torch.load("photos.pt")["all"]["paths"]
+    for cosine, a, b in pairs:
+        assert f"{h[paths.index(a)] @ h[paths.index(b)]:.3f}" == cosine
+    cosines = [float(cosine) for cosine, _, _ in pairs]
+    assert cosines == sorted(cosines, reverse=True)
+    others = (h @ h.T).triu(1).flatten().sort(descending=True).values
+    assert cosines[-1] == pytest.approx(others[9].item(), abs=1e-3)
+
+
+@pytest.mark.usefixtures("photos")
+def test_the_map(monkeypatch):
+    manifold = pytest.importorskip("sklearn.manifold")
+    pytest.importorskip("matplotlib").use("agg")
+    monkeypatch.setattr(manifold, "TSNE", partial(manifold.TSNE, perplexity=5))  # few photos
+    exec(next(code for code in BLOCKS if "TSNE" in code), {})
+    assert Path("map.png").stat().st_size > 1000
+
+
+def test_the_curves(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib").use("agg")
+    monkeypatch.chdir(tmp_path)
+    for run in ("with", "without"):
+        (tmp_path / "runs" / run).mkdir(parents=True)
+        rows = "epoch,loss,spread,kNN,lr,images/s\n1,-0.3,0.8,24.4,0.1,90\n2,-0.5,0.9,25,0.1,90\n"
+        (tmp_path / "runs" / run / "log.csv").write_text(rows)
+    block = next(code for code in BLOCKS if "DictReader" in code)
+    assert len(block.splitlines()) <= 10
+    names = {}
+    exec(block, names)
+    lines = [[[*line.get_xdata(), *line.get_ydata()] for line in ax.lines] for ax in names["axes"]]
+    assert lines == [[[1, 2, -0.3, -0.5]] * 2, [[1, 2, 0.8, 0.9]] * 2, [[1, 2, 24.4, 25]] * 2]
+    assert Path("collapse.png").exists()
+
+
 def test_the_forward_that_the_readme_shows_is_the_scripts():
-    shown = next(
-        code for code in re.findall(r"```python\n(.*?)```", README, re.S) if "def forward" in code
-    )
+    shown = next(code for code in BLOCKS if "def forward" in code)
     indented = "".join(f"    {line}\n" for line in shown.splitlines())
     assert indented in (ROOT / "simsiam.py").read_text()
 

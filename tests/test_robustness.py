@@ -335,8 +335,8 @@ def resnet(change):
 
 
 BAD_CHECKPOINTS = {
-    "a ViT": (vit, "is no checkpoint of a torchvision ResNet"),
-    "a bare list": (lambda: [torch.zeros(3)], "is no checkpoint of a torchvision ResNet"),
+    "a ViT": (vit, "is no torchvision ResNet"),
+    "a bare list": (lambda: [torch.zeros(3)], "is no torchvision ResNet"),
     "a tensor missing": (
         lambda: resnet(lambda s: s.pop("layer3.1.conv2.weight")),
         "layer3.1.bn2.weight [256]",  # what comes in its place
@@ -366,18 +366,10 @@ def test_a_pickle_that_would_run_code_does_not(folder, tmp_path):
     assert not (tmp_path / "harm").exists()
 
 
-def test_a_network_that_is_not_finite_is_refused(folder, tmp_path):
-    torch.save(resnet(lambda s: s["conv1.weight"].fill_(float("nan"))), tmp_path / "x.pt")
-    with pytest.raises(ValueError, match="x.pt: its features are not finite"):
-        importlib.import_module("linear_eval").main(
-            [str(tmp_path / "x.pt"), "--data", str(folder), "--size", "32", "--device", "cpu"]
-        )
-
-
 @pytest.mark.parametrize("content", [b"", b"hello", b"\x80\x02.", b"PK\x03\x04 truncated"])
 def test_files_that_are_no_checkpoint_at_all(content, tmp_path):
     (tmp_path / "x.pt").write_bytes(content)
-    with pytest.raises(ValueError, match="x.pt: .*; torch.save the model.state_dict"):
+    with pytest.raises(ValueError, match="x.pt: .*; torch.save its state_dict"):
         importlib.import_module("linear_eval").load_backbone(tmp_path / "x.pt")
 
 
@@ -389,7 +381,7 @@ def test_files_that_are_no_checkpoint_at_all(content, tmp_path):
         (["--features", "{tmp}/file.txt"], "{tmp}/file.txt exists: choose another name"),
         (["--neighbors", "{tmp}/file.txt"], "{tmp}/file.txt exists: choose another name"),
         (["--features", "{tmp}/file.txt/f.pt"], "{tmp}/file.txt"),
-        (["--data", "{tmp}/classes"], "no test/ for the classes of train/ (no ['c'])"),
+        (["--data", "{tmp}/classes"], "no test/ with classes of train/ only (['c'])"),
         (["--data", "{tmp}/nowhere"], "{tmp}/nowhere: 0 images, too few"),
     ],
 )
