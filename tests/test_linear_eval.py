@@ -470,6 +470,18 @@ def test_the_fit_is_a_minimum():
     assert max(g.abs().max() for g in torch.autograd.grad(loss, [weight, bias])) < 1e-3
 
 
+def test_a_fit_in_two_parts_is_that_of_the_whole():
+    """The parts are of unlike sizes, and of unlike classes."""
+    h, y = blobs(70000, seed=2)
+    order = y.argsort()
+    h, y = (h[order] - h.mean(0)) / h.std(0), y[order]
+    layer = nn.Linear(64, 10)
+    linear_eval.fit(layer, h, y, 0.01, *torch.linalg.eigh(h.T @ h / len(h)))
+    loss = F.cross_entropy(layer(h), y) + 0.01 / 2 * layer.weight.square().sum()
+    gradients = torch.autograd.grad(loss, [*layer.parameters()])
+    assert max(g.abs().max() for g in gradients) < 1e-3
+
+
 def test_weight_decay_is_chosen_on_what_is_held_out():
     """Labels that have nothing to do with the features: the strongest is the best."""
     torch.manual_seed(0)
