@@ -23,6 +23,10 @@ COMMANDS = [
 ]
 
 
+def test_it_is_short():
+    assert len(README.splitlines()) <= 200
+
+
 def test_commands_are_found():
     assert len(COMMANDS) > 10
     assert {"python simsiam.py", "python tests/toy.py data/toy"} <= set(COMMANDS)
