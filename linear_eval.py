@@ -26,7 +26,7 @@ BUILT_IN = {"cifar10": 32, "cifar100": 32, "stl10": 96}  # data sets and the sid
 
 # ------------------------------------------------------------------ 1. Checkpoint
 class StandIn:
-    """For what is no tensor in a checkpoint, so that nothing of it is imported or run."""
+    """In place of a class or function that torch refuses: none of it is imported or run."""
     def __init__(self, *args): ...
     __setstate__ = __init__
 
@@ -44,7 +44,7 @@ def read(path):
             name = re.search(r"GLOBAL (\S+) was not an allowed global", why)
             if not name or name[1] in names:
                 raise ValueError(f"{path}: {why}; torch.save its state_dict alone") from error
-            names += [name[1], f"builtins.{name[1]}"]
+            names += [name[1], f"builtins.{name[1]}"]  # which torch leaves out of a name
 
 def flatten(tree, place=""):
     """Nested dictionaries -> [("module.conv1.weight", tensor)] in order, without counters."""
@@ -59,7 +59,7 @@ def signature(tensors):
     return [((64, 3, 7, 7), "weight") if end[0] == (64, 3, 3, 3) else end for end in ends]
 
 def find_backbones(tensors):
-    """torchvision's ResNets in [(name, tensor)], by shapes in order, whatever the names:
+    """torchvision's ResNets in [(name, tensor)], by shapes and ends of names, in order:
     {"module.encoder_q": (arch, state_dict)}; and of the closest the first misfit."""
     with torch.device("meta"):  # shapes alone, of all in half a second
         known = {a: build_backbone(a, False) for a in models.list_models(models, "*resne*")}
@@ -79,7 +79,7 @@ def find_backbones(tensors):
                 where, _, _ = os.path.commonprefix([n for n, _ in part]).rpartition(".")
                 near = [x for x in tensors if x[0].startswith(where and where + ".")]
                 rest = [x for x in near if x[1].ndim == 4 and x[0] not in dict(part)]
-                if not rest:  # no other convolution is there
+                if not rest:  # else it goes on: another convolution is at this place
                     found[where or "top"] = arch, {n: x[1] for (n, _), x in zip(usual, part)}
             closest = max(closest, (same, (rest or tensors[-1:])[0]), key=lambda c: c[0])
     return found, closest[1]
@@ -132,7 +132,7 @@ def load_splits(args):
         tests = [s for s in ("test", "val") if set() < names[s] <= names["train"]]
         if names["train"] and not tests:
             more = sorted(name[0] for name in (names["test"] | names["val"]) - names["train"])
-            raise ValueError(f"--data {args.data}: no test/ with classes of train/ only ({more})")
+            raise ValueError(f"--data {args.data}: no test/ or val/; or not in train/: {more}")
         alone = [f for f in files if f.parts[0] == "train"] or files
         splits = {"train": sets["train"], "test": sets[tests[0]]} if tests else {"all": alone}
         number = {name: i for i, name in enumerate(sorted(names["train"]))}
@@ -197,7 +197,7 @@ def draw_neighbors(splits, saved, args):
 def fit(layer, h, y, decay, variance, axes):
     """L-BFGS from where the layer is; h (N, D) has covariance axes diag(variance) axes^T.
     The loss curves by at most covariance / 2 + decay (Boehning 1992); in units of its inverse
-    root that is 1 in all directions, and a fifth of the steps is enough."""
+    root by at most 1 in each direction, and L-BFGS takes a fifth of the steps."""
     units = axes * (variance.clamp(min=0) / 2 + decay).rsqrt() @ axes.T  # (D, D)
     change = torch.zeros_like(layer.weight, requires_grad=True)  # (classes, D)
     settings = {"max_iter": 100, "tolerance_change": 1e-5, "line_search_fn": "strong_wolfe"}
@@ -243,7 +243,7 @@ def parse_args(argv=None):
     add("checkpoint", nargs="?", help="any saved ResNet; without it an untrained one, the floor")
     add("--prefix", help="of several networks the one at this place, as it is printed")
     add("--max-pool", action=switch, help="after the stem; default: only after a 7x7 one")
-    add("--data", help="cifar10, cifar100, stl10, a folder: train/<class>/, test/<class>/; or any")
+    add("--data", help="cifar10, cifar100, stl10, a folder: train/NAME/, test/NAME/, or unlabeled")
     add("--data-dir", help="where the built-in sets are, or get downloaded")
     add("--size", type=int, help="side of the images; this, --data, --data-dir: as in training")
     add("--subset", type=int, help="take that many images of each split, always the same")

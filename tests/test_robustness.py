@@ -381,7 +381,7 @@ def test_files_that_are_no_checkpoint_at_all(content, tmp_path):
         (["--features", "{tmp}/file.txt"], "{tmp}/file.txt exists: choose another name"),
         (["--neighbors", "{tmp}/file.txt"], "{tmp}/file.txt exists: choose another name"),
         (["--features", "{tmp}/file.txt/f.pt"], "{tmp}/file.txt"),
-        (["--data", "{tmp}/classes"], "no test/ with classes of train/ only (['c'])"),
+        (["--data", "{tmp}/classes"], "no test/ or val/; or not in train/: ['c']"),
         (["--data", "{tmp}/nowhere"], "{tmp}/nowhere: 0 images, too few"),
     ],
 )
