@@ -164,10 +164,10 @@ def decode(items, args):
 # ------------------------------------------------------------------ 3. Features and neighbors
 @torch.no_grad()
 def extract_features(backbone, items, args):
-    """The frozen backbone on the images as they are, 500 of them at a time: (N, D) float32."""
+    """The frozen backbone on the images as they are, 100 of them at a time: (N, D) float32."""
     backbone.eval().to(args.device, memory_format=torch.channels_last)
     h = torch.empty(len(items), backbone.inplanes)
-    for rows in torch.arange(len(items)).split(500):
+    for rows in torch.arange(len(items)).split(100):
         x = decode([items[i] for i in rows.tolist()], args).to(args.device)
         h[rows] = backbone(TF.normalize(x / 255, MEAN, STD)).cpu()
     return h
