@@ -129,14 +129,15 @@ def test_the_curves(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for run in ("with", "without"):
         (tmp_path / "runs" / run).mkdir(parents=True)
-        rows = "epoch,loss,spread,kNN,lr,images/s\n1,-0.3,0.8,24.4,0.1,90\n2,-0.5,0.9,25,0.1,90\n"
-        (tmp_path / "runs" / run / "log.csv").write_text(rows)
+        rows = ["epoch,loss,spread,kNN,lr,images/s", "1,-0.3,0.8,24.4,0.1,90", "2,-0.5,0.9,,0.1,90"]
+        (tmp_path / "runs" / run / "log.csv").write_text("\n".join([*rows, "3,-0.6,0.9,25,0.1,90"]))
     block = next(code for code in BLOCKS if "DictReader" in code)
     assert len(block.splitlines()) <= 10
     names = {}
     exec(block, names)
     lines = [[[*line.get_xdata(), *line.get_ydata()] for line in ax.lines] for ax in names["axes"]]
-    assert lines == [[[1, 2, -0.3, -0.5]] * 2, [[1, 2, 0.8, 0.9]] * 2, [[1, 2, 24.4, 25]] * 2]
+    loss, spread, knn = [1, 2, 3, -0.3, -0.5, -0.6], [1, 2, 3, 0.8, 0.9, 0.9], [1, 3, 24.4, 25]
+    assert lines == [[loss] * 2, [spread] * 2, [knn] * 2]
     assert Path("collapse.png").exists()
 
 
