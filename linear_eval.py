@@ -224,7 +224,8 @@ def linear_probe(h, y):
     mean, std = h.mean(0), h.std(0).clamp(min=0.01 * h.std().item() + 1e-12)  # not 0
     order = torch.randperm(len(h)).to(h.device)
     h, y = h[order].sub_(mean).div_(std), y[order]  # one copy, features are large
-    variance, axes = torch.linalg.eigh(h.T @ h / len(h))  # (D,), (D, D)
+    covariance = (h.T @ h / len(h)).double()  # of rank one in float32, eigh may return NaN
+    variance, axes = (x.float() for x in torch.linalg.eigh(covariance))  # (D,), (D, D)
     held, hits = len(h) // 10, {}
     for decay in (1e-1, 1e-2, 1e-3, 1e-4, 1e-5):  # each starts where the last one ended
         fit(layer, h[held:], y[held:], decay, variance, axes)

@@ -710,3 +710,32 @@ def test_arguments_of_other_software_are_not_taken(folder, tmp_path, capsys):
     assert linear_eval.load_backbone(tmp_path / "saved.pth")[1] == {}
     probe(tmp_path / "saved.pth", "--data", folder)
     assert "test: 24 images of 32 px" in capsys.readouterr().out
+
+
+FEATURES = {  # (N, 8) and their classes
+    "two images": lambda: (torch.randn(2, 8), torch.tensor([0, 1])),
+    "equal images": lambda: (torch.ones(20, 8), torch.arange(20) % 3),
+    "one class": lambda: (torch.randn(20, 8), torch.zeros(20, dtype=torch.int64)),
+    "a feature that never changes": lambda: (
+        torch.randn(20, 8) * (torch.arange(8) > 0) + 3,
+        torch.arange(20) % 3,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", FEATURES)
+def test_the_fit_is_finite_whatever_the_features(kind, monkeypatch):
+    """Also where eigh of a float32 matrix of low rank is NaN, as on some machines."""
+    eigh = torch.linalg.eigh
+
+    def fragile(matrix):
+        values, vectors = eigh(matrix)
+        return (values, vectors) if matrix.dtype == torch.float64 else (values * torch.nan, vectors)
+
+    monkeypatch.setattr(torch.linalg, "eigh", fragile)
+    torch.manual_seed(0)
+    h, y = FEATURES[kind]()
+    layer, decay = linear_eval.linear_probe(h, y)
+    assert all(torch.isfinite(p).all() for p in layer.parameters())
+    assert torch.isfinite(layer(h)).all()
+    assert decay > 0
