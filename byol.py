@@ -19,22 +19,17 @@ Differs from the paper: SGD, lightly's lr / 4 and decay x 4 (its loss is L / 4);
 import argparse
 import copy
 import math
-import os
 import sys
-import time
 from glob import glob
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 import torchvision.transforms.v2.functional as TF
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import nn
 from torchvision import datasets, models
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels
-BUILT_IN = {"cifar10": 32, "cifar100": 32, "stl10": 96}  # data sets and the side of their images
-SAVE_SECONDS = 60  # at least, from one checkpoint to the next
 
 # ------------------------------------------------------------------ 1. Augmentation
 def random_resized_crop(x):
@@ -53,6 +48,7 @@ def random_resized_crop(x):
     grid = F.affine_grid(theta, x.shape, align_corners=False)  # (B, S, S, 2)
     return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
 
+
 def rotate_hue(x, turns):
     """Turn the hue of RGB images x (B, 3, S, S) in 0-1 by turns (B, 1, 1), 1 a full one."""
     r, g, b = x.unbind(1)  # (B, S, S) each
@@ -61,8 +57,9 @@ def rotate_hue(x, turns):
     # RGB to hue, in sixths of the circle (red at 0, green at 2, blue at 4), and back
     hue = torch.where(value == g, 2 + (b - r) / unit, 4 + (r - g) / unit)
     hue = torch.where(value == r, (g - b) / unit, hue) + 6 * turns
-    k = [(n + hue) % 6 for n in (5, 3, 1)]  # of r, g, b; at k 0-1 each falls, at 3-4 it rises
+    k = [(n + hue) % 6 for n in (5, 3, 1)]  # r, g, b fall at 0-1, rise at 3-4: min(k, 4 - k)
     return torch.stack([value - chroma * torch.minimum(i, 4 - i).clamp(0, 1) for i in k], 1)
+
 
 def augment(images, solarize=0.0):
     """A random view of each image: (B, 3, S, S) uint8 -> float32 in 0-1. SimSiam App. A."""
@@ -72,11 +69,10 @@ def augment(images, solarize=0.0):
 
     x = random_resized_crop(images / 255)
     x = torch.where(draw(0, 1) < 0.5, x.flip(3), x)
-
     jittered = x
     for change in torch.randperm(4).tolist():  # one order a batch; drawn on the CPU, no wait
         gray = TF.rgb_to_grayscale(jittered)  # (B, 1, S, S)
-        if change < 3:  # brightness, contrast, saturation: toward other (below 1) or away
+        if change < 3:  # brightness to or from black, contrast mean gray, saturation gray
             other = (0 * gray, gray.mean((2, 3), keepdim=True), gray)[change]
             jittered = torch.lerp(other, jittered, draw(0.6, 1.4)).clamp(0, 1)  # 1: unchanged
         else:
@@ -89,9 +85,16 @@ def augment(images, solarize=0.0):
         x = torch.where(draw(0, 1) < 0.5, blurred, x)
     return torch.where((draw(0, 1) < solarize) & (x >= 0.5), 1 - x, x)  # invert bright values
 
-def normalize(x):
-    """Pictures x (B, 3, S, S) in 0-1 to what the network takes, about mean 0, deviation 1."""
-    return torch.stack([(c - m) / s for c, m, s in zip(x.unbind(1), MEAN, STD)], 1)
+
+def normalize(x, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)):
+    """Pictures x (B, 3, S, S) in 0-1, by mean and deviation of ImageNet's r, g, b."""
+    return torch.stack([(c - m) / s for c, m, s in zip(x.unbind(1), mean, std)], 1)
+
+
+def two_views(images):
+    """x1, x2 for the loss: two random views of each image, (B, 3, S, S) in 0-1 each."""
+    return augment(images), augment(images, solarize=0.2)
+
 
 # ------------------------------------------------------------------ 2. Model
 def build_backbone(arch, size):
@@ -103,10 +106,12 @@ def build_backbone(arch, size):
         backbone.maxpool = nn.Identity()
     return backbone
 
+
 # ------------------------------------------------------------------ 3. Loss and method
 def regression_loss(p, t):
     """Eq. (2), mean over the batch: p, t (B, dim), normalized -> |p - t|^2, from 0 to 4."""
     return 2 - 2 * F.cosine_similarity(p.float(), t.float(), dim=1).mean()
+
 
 def mlp(inputs, hidden, dim):
     """A projector or predictor, Sec. 3.3: (B, inputs) -> (B, dim)."""
@@ -114,10 +119,13 @@ def mlp(inputs, hidden, dim):
         nn.Linear(inputs, hidden),
         nn.BatchNorm1d(hidden),
         nn.ReLU(),
-        nn.Linear(hidden, dim, bias=False))
+        nn.Linear(hidden, dim, bias=False),
+    )
+
 
 class BYOL(nn.Module):
     """Each view predicts the other's target. backbone: a ResNet with identity fc."""
+
     def __init__(self, backbone, hidden=4096, dim=256):
         super().__init__()
         self.backbone = backbone
@@ -127,174 +135,186 @@ class BYOL(nn.Module):
         self.target.requires_grad_(False)
 
     def forward(self, x1, x2):
-        """Two views (B, 3, S, S) -> the sum of both losses; p1 (B, dim), to see collapse."""
+        """Two views (B, 3, S, S) -> the two losses' sum; p1 (B, dim), alike if collapsed."""
         h1, h2 = self.backbone(x1), self.backbone(x2)  # features (B, inplanes)
         z1, z2 = self.projector(h1), self.projector(h2)  # projections (B, dim)
         p1, p2 = self.predictor(z1), self.predictor(z2)  # predictions (B, dim)
         t1, t2 = self.target(x1).detach(), self.target(x2).detach()  # targets (B, dim)
         return regression_loss(p1, t2) + regression_loss(p2, t1), p1
 
+    def update_target(self, rate):
+        """Eq. (1), rate = 1 - tau: each weight of the target moves toward the online one."""
+        online = [*self.backbone.parameters(), *self.projector.parameters()]
+        for t, weight in zip(self.target.parameters(), online, strict=True):
+            t.data.lerp_(weight.data, rate)
+
+
+def train_step(network, optimizer, x, bf16):
+    """One update by images x (B, 3, S, S) uint8 -> the loss, and what shows collapse."""
+    x1, x2 = two_views(x)
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
+        loss, watched = network(normalize(x1), normalize(x2))
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.detach(), watched.detach()
+
+
 # ------------------------------------------------------------------ 4. Data
-def load_split(args, split, rank=0, world=1):
-    """Every world-th image of a split: (N, 3, S, S) uint8; the labels of all, -1 for none."""
-    if args.data in BUILT_IN:
-        part = split if args.data == "stl10" else split == "train"
-        data = getattr(datasets, args.data.upper())(args.data_dir, part, download=world == 1)
-    else:  # a folder, of which glob passes over what is hidden; a class is train/NAME/
-        kinds = Image.registered_extensions()
-        files = [Path(f) for f in sorted(glob("**/*.*", root_dir=args.data, recursive=True))]
-        files = [f for f in files if "image/" in Image.MIME.get(kinds.get(f.suffix.lower()), "")]
-        deep = [f for f in files if f.parts[2:]]
-        sets = {s: [f for f in deep if f.parts[0] == s] for s in ("train", "test", "val")}
-        names = {s: {f.parts[1] for f in sets[s]} for s in sets}
-        tests = [sets[s] for s in ("test", "val") if set() < names[s] <= names["train"]] + [[]]
-        alone = [f for f in files if f.parts[0] == "train"] or files  # if there are no classes
-        files = tests[0] if split == "test" else sets["train"] or alone
-        number = {name: i for i, name in enumerate(sorted(names["train"]))}
-        data = [(Path(args.data, f), number[f.parts[1]] if number else -1) for f in files]
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[: args.subset]
-    labels, mine = torch.tensor([data[i][1] for i in order.tolist()]), order[rank::world].tolist()
-    images = torch.empty(len(mine), 3, args.size, args.size, dtype=torch.uint8)
-    for row, i in enumerate(mine):
-        picture = data[i][0]  # or its path
+def list_images(args, split):
+    """[(picture or path, label)] of "train" or "test"; a label of -1 is none."""
+    if args.data in ("cifar10", "cifar100"):
+        dataset = getattr(datasets, args.data.upper())
+        return dataset("data", train=split == "train", download=True)
+    files = sorted(glob("**/*", root_dir=args.data, recursive=True))  # not what is hidden
+    files = [Path(file) for file in files if datasets.folder.is_image_file(file)]
+    train = [file for file in files if file.parts[0] == "train"]
+    classes = sorted({file.parts[1] for file in train if len(file.parts) > 2})
+    if not classes:  # then no image has a label: those in train/, or all there are
+        files = train or files
+        return [(Path(args.data, file), -1) for file in files if split == "train"]
+    files = [file for file in files if file.parts[0] == split and len(file.parts) > 2]
+    return [(Path(args.data, file), classes.index(file.parts[1])) for file in files]
+
+
+def load_split(args, split):
+    """Images (N, 3, size, size) uint8 and labels (N,), always in the same random order."""
+    listed = list_images(args, split)
+    order = torch.randperm(len(listed), generator=torch.Generator().manual_seed(0))[: args.subset]
+    images = torch.empty(len(order), 3, args.size, args.size, dtype=torch.uint8)
+    labels = torch.empty(len(order), dtype=torch.int64)
+    for row, i in enumerate(order.tolist()):
+        picture, labels[row] = listed[i]
         try:
-            x = picture if args.data in BUILT_IN else Image.open(picture)
-            assert x.mode == "I;16" or x.mode[0] not in "IF", f"{x.mode} has more than 8 bits"
-            x = (x.point(lambda value: value / 256) if x.mode == "I;16" else x).convert("RGB")
-            images[row] = TF.pil_to_tensor(TF.center_crop(TF.resize(x, args.size), args.size))
+            picture = Image.open(picture) if isinstance(picture, Path) else picture
+            assert not picture.mode.startswith(("I", "F")), "more than 8 bits a channel"
+            picture = ImageOps.exif_transpose(picture).convert("RGB")  # upright
+            picture = TF.center_crop(TF.resize(picture, args.size), args.size)
+            images[row] = TF.pil_to_tensor(picture)
         except Exception as error:
-            sys.exit(f"cannot read {picture}: {error}")
+            sys.exit(f"cannot read {listed[i][0]}: {error}")
     return images, labels
+
 
 # ------------------------------------------------------------------ 5. Monitoring
 @torch.no_grad()
-def knn_accuracy(backbone, train, test, device, k=200, temperature=0.1):
-    """Top-1 in %, Wu et al. 2018, Sec. 3.4. train, test: images (N, 3, S, S), labels (N,)."""
+def compute_features(backbone, images, device):
+    """Features (N, D) of images (N, 3, S, S) uint8, with the backbone in eval mode."""
     backbone.eval()
-    h = [backbone(normalize(x.to(device) / 255)) for s in (train, test) for x in s[0].split(500)]
-    bank, queries = F.normalize(torch.cat(h)).split([len(train[0]), len(test[0])])  # (N, D)
-    labels, hits = train[1].to(device), 0
-    for q, y in zip(queries.split(500), test[1].to(device).split(500)):
-        cosine, nearest = (q @ bank.T).topk(min(k, len(bank)))  # (500, k)
-        votes = q.new_zeros(len(q), int(labels.max()) + 1)  # (500, classes)
-        votes.scatter_add_(1, labels[nearest], (cosine / temperature).exp())
-        hits += (votes.argmax(1) == y).sum().item()
+    features = [backbone(normalize(x.to(device) / 255)) for x in images.split(100)]
     backbone.train()
-    return 100 * hits / len(queries)
+    return torch.cat(features)
+
+
+def knn_accuracy(bank, labels, queries, truth, k=200, temperature=0.1):
+    """Top-1 in %: the k nearest in the bank vote for a class. Wu et al. 2018, Sec. 3.4.
+    Features bank (N, D), queries (M, D); their classes labels (N,), truth (M,)."""
+    cosines = F.normalize(queries) @ F.normalize(bank).T  # (M, N)
+    cosine, nearest = cosines.topk(min(k, len(bank)))  # (M, k)
+    votes = torch.zeros(len(queries), int(labels.max()) + 1)  # (M, classes)
+    votes.scatter_add_(1, labels[nearest.cpu()], (cosine.cpu() / temperature).exp())
+    return 100 * (votes.argmax(1) == truth).float().mean().item()
+
+
+def spread(p):
+    """0 if all of p (B, dim) point one way, 1 if all ways; SimSiam Fig. 2 x sqrt(dim)."""
+    return F.normalize(p.float()).std(0).mean().item() * p.shape[1] ** 0.5
+
 
 # ------------------------------------------------------------------ 6. Training
-def parse_args(argv=None):
+def parse_args(argv=None, **defaults):
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
-    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    devices = ["cuda", "cpu", "mps"][not gpus :] + gpus * ("RANK" not in os.environ)
-    add("--data", default="cifar10", help="cifar10, cifar100, stl10, or a folder of images")
-    add("--data-dir", default="data", help="where the built-in sets are, or get downloaded")
-    add("--size", type=int, help="pixels, None: the set's own, for a folder 32")
+    add("--data", default="cifar10", help="cifar10, cifar100, a folder: train/NAME/, test/NAME/")
+    add("--size", type=int, default=32, help="side of the images in pixels")
     add("--subset", type=int, help="take that many images of each split, always the same")
     add("--arch", default="resnet18", choices=["resnet18", "resnet34", "resnet50"])
-    add("--epochs", type=int, default=100, help="passes over the images")
+    add("--epochs", type=int, default=100, help="passes; it sets the cosine of the lr, too")
     add("--batch-size", type=int, default=512, help="images a step, each in two views")
     add("--lr", type=float, default=0.03, help="learning rate per 256 images of the batch")
     add("--weight-decay", type=float, default=2e-3, help="L2 penalty")
     add("--seed", type=int, default=0, help="of weights, order and augmentation")
-    add("--device", default=devices[0], choices=devices, help="under torchrun without a number")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="or cuda:1")
     add("--bf16", action=switch, help="compute in bfloat16, None: on a GPU that has it")
-    add("--out", default=f"runs/{Path(__file__).stem}", help="folder of the run, for all nodes")
-    add("--resume", action="store_true", help="go on from --out, if a checkpoint is there")
+    add("--out", default=f"runs/{Path(__file__).stem}", help="folder of the run")
+    add("--resume", action="store_true", help="go on from --out, by its flags unless given")
     add("--ema-decay", type=float, default=0.99, help="tau, of the target; rises to 1 (Sec. 3.3)")
-    args = parser.parse_args(argv, argparse.Namespace(method="BYOL"))
-    args.size = BUILT_IN.get(args.data, 32) if args.size is None else args.size
-    return args
+    return parser.parse_args(argv, argparse.Namespace(**defaults))  # argv before defaults
+
 
 def main(argv=None):
     args = parse_args(argv)
-    checkpoint, resume = Path(args.out, "checkpoint.pt"), vars(args).pop("resume")
-    if checkpoint.exists() and not resume:
-        sys.exit(f"{checkpoint} exists: go on with --resume, or choose another --out")
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
-    device, gpu = torch.device(args.device), args.device.startswith("cuda")
-    torch.cuda.set_device(device.index or int(os.environ.get("LOCAL_RANK", 0)) if gpu else -1)
+    checkpoint = Path(args.out, "checkpoint.pt")
+    saved = {"epoch": 0, "log": []}
+    if args.resume and checkpoint.exists():
+        saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        args = parse_args(argv, **saved["args"] | {"out": args.out})  # it may have moved
+    if Path(args.out).exists() and not args.resume:
+        sys.exit(f"{args.out} exists: go on with --resume, or choose another --out")
+    gpu = args.device.startswith("cuda")
     if args.bf16 is None:
         args.bf16 = gpu and torch.cuda.is_bf16_supported(including_emulation=False)
-    if world > 1:  # a process for each GPU, which takes its part of the images and batches
-        torch.distributed.init_process_group(timeout=20 * torch.distributed.default_pg_timeout)
 
-    # Data: on the GPU if they fit into half of its free memory
-    split = "unlabeled" if args.data == "stl10" else "train"
-    images, labels = load_split(args, split, rank, world)
-    args.images, steps, part = len(labels), len(labels) // args.batch_size, args.batch_size // world
-    if steps == 0 or part * world < args.batch_size:
-        sys.exit(f"--data {args.data}: {args.images} images; --batch-size: fewer, {world} x n")
-    fits = not gpu or images.nbytes < torch.cuda.mem_get_info()[0] / 2
-    images = images.to(device) if fits else images
-    bank, labels = (images, labels) if split == "train" else load_split(args, "train", rank, world)
-    test = load_split(args, "test") if rank == 0 else None
+    # Data
+    images, labels = load_split(args, "train")
+    test_images, test_labels = load_split(args, "test")
+    classes = len(labels[labels >= 0].unique())
+    steps = len(images) // args.batch_size
+    if steps == 0:
+        sys.exit(f"--data {args.data}: {len(images)} images, less than one --batch-size")
+    if gpu and images.nbytes < torch.cuda.mem_get_info(args.device)[0] / 2:
+        images = images.to(args.device)
+    print(f"{len(images)} images, {classes} classes, {len(test_images)} to test", args, flush=True)
+    Path(args.out).mkdir(parents=True, exist_ok=args.resume)
 
     # Network
     torch.manual_seed(args.seed)
-    model = BYOL(build_backbone(args.arch, args.size))
-    model = nn.SyncBatchNorm.convert_sync_batchnorm(model) if world > 1 and gpu else model
-    model.to(device, memory_format=torch.channels_last)
-    network = nn.parallel.DistributedDataParallel(model) if world > 1 else model
-    optimizer = torch.optim.SGD(model.parameters(), momentum=0.9, weight_decay=args.weight_decay)
+    network = BYOL(build_backbone(args.arch, args.size))
+    network.to(args.device, memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(network.parameters(), momentum=0.9)
 
     # Go on from a checkpoint
-    state, saved_at = {"epoch": 0, "log": []}, time.time()
-    if checkpoint.exists():
-        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        for name, value in sorted(vars(args).items() - state["args"].items()):
-            if name not in ("lr", "epochs", "device", "bf16", "data", "data_dir", "out"):
-                sys.exit(f"{checkpoint} has {name} {state['args'].get(name)}, not {value}")
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+    if saved["epoch"] > 0:
+        network.load_state_dict(saved["network"])
+        optimizer.load_state_dict(saved["optimizer"])
 
     # Train
-    if rank == 0:
-        print(f"{args.images} images of {args.size} px, {len(test[1])} test images for kNN, "
-              f"on {device} in {'bfloat16' if args.bf16 else 'float32'}")
-    for epoch in range(state["epoch"] + 1, args.epochs + 1):
-        torch.manual_seed(hash((args.seed, epoch, rank)))  # so that a resumed run draws the same
-        order = torch.randperm(len(images))[: steps * part].view(steps, part).to(images.device)
-        total, began = torch.zeros((), device=device), time.time()
-        for step, rows in enumerate(order, (epoch - 1) * steps):
-            anneal = (1 + math.cos(math.pi * (step + 0.5) / (args.epochs * steps))) / 2  # 1 to 0
-            optimizer.param_groups[0]["lr"] = lr = args.lr * args.batch_size / 256 * anneal
-            x = images[rows] if fits else images[rows].pin_memory().to(device, non_blocking=True)
-            x1, x2 = augment(x), augment(x, solarize=0.2)
-            with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
-                loss, watch = network(normalize(x1), normalize(x2))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            for t, weight in zip(model.target.parameters(), model.parameters()):  # Eq. (1)
-                t.data.lerp_(weight.data, (1 - args.ema_decay) * anneal)  # zip ends with the target
-            total += loss.detach()  # not .item(): the host would wait for the GPU
-        if rank > 0:
-            continue
-        # Of the last batch, SimSiam Fig. 2 times sqrt(dim): 0 if all point one way, 1 if all ways
-        spread = F.normalize(watch.detach().float()).std(0).mean().item() * watch.shape[1] ** 0.5
-        row = {"epoch": epoch, "loss": total.item() / steps, "spread": spread, "kNN": "", "lr": lr}
-        row["images/s"] = steps * args.batch_size / (time.time() - began)
-        if len(test[1]) and epoch * 10 // args.epochs > (epoch - 1) * 10 // args.epochs:
-            row["kNN"] = knn_accuracy(model.backbone, (bank, labels[::world]), test, device)
-        print(*(f"{k} {v:.5g} " for k, v in row.items() if v != ""), "collapsed?" * (spread < 0.1))
-        if not math.isfinite(row["loss"]):
-            sys.exit("the loss is not finite: lower --lr")
-        state["log"].append(",".join(map(str, row.values())))
-        checkpoint.parent.mkdir(parents=True, exist_ok=True)
-        Path(args.out, "log.csv").write_text("\n".join([",".join(row), *state["log"]]) + "\n")
-        if epoch == args.epochs or time.time() - saved_at >= SAVE_SECONDS:
-            state |= {"backbone": model.backbone.state_dict(), "model": model.state_dict()}
-            state |= {"optimizer": optimizer.state_dict(), "epoch": epoch, "args": vars(args)}
-            torch.save(state, checkpoint.with_suffix(".tmp"))
+    for epoch in range(saved["epoch"] + 1, args.epochs + 1):
+        torch.manual_seed(10_000 * args.seed + epoch)  # so that a resumed run draws the same
+        batches = torch.randperm(len(images)).to(images.device).split(args.batch_size)[:steps]
+        total = torch.zeros((), device=args.device)
+        for step, rows in enumerate(batches):
+            progress = (epoch - 1 + (step + 0.5) / steps) / args.epochs  # 0 to 1
+            anneal = (1 + math.cos(math.pi * progress)) / 2  # 1 to 0
+            lr = args.lr * args.batch_size / 256 * anneal
+            optimizer.param_groups[0].update(lr=lr, weight_decay=args.weight_decay)
+            loss, watched = train_step(network, optimizer, images[rows].to(args.device), args.bf16)
+            network.update_target((1 - args.ema_decay) * anneal)  # tau rises to 1
+            total += loss  # not .item(): the host would wait for the GPU
+
+        # Report
+        loss, meter = total.item() / steps, spread(watched)
+        assert math.isfinite(loss), "the loss is not finite: lower --lr"
+        measure = epoch % math.ceil(args.epochs / 10) == 0 or epoch == args.epochs
+        knn = ""
+        if measure and classes > 1 and len(test_images) > 0:
+            bank = compute_features(network.backbone, images, args.device)
+            queries = compute_features(network.backbone, test_images, args.device)
+            knn = round(knn_accuracy(bank, labels, queries, test_labels), 2)
+        word = "collapsed?" if meter < 0.1 else ""
+        print(f"epoch {epoch}  loss {loss:.4f}  spread {meter:.3f}  kNN {knn} {word}", flush=True)
+        saved["log"].append(f"{epoch},{loss},{meter},{knn},{lr}\n")
+        Path(args.out, "log.csv").write_text("epoch,loss,spread,kNN,lr\n" + "".join(saved["log"]))
+
+        # Save
+        if measure:
+            saved |= {"epoch": epoch, "args": {"method": "BYOL", **vars(args)}}
+            parts = {"backbone": network.backbone, "network": network, "optimizer": optimizer}
+            saved |= {name: part.state_dict() for name, part in parts.items()}
+            torch.save(saved, checkpoint.with_suffix(".tmp"))
             checkpoint.with_suffix(".tmp").replace(checkpoint)  # a killed run leaves no half
-            saved_at = time.time()
-            print(f"saved epoch {epoch}; to measure it: python linear_eval.py {checkpoint}")
+
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(line_buffering=True)  # every line at once, also into a file
-    try:
-        main()
-    except (KeyboardInterrupt, OSError, torch.OutOfMemoryError) as e:  # Ctrl-C has no words
-        sys.exit(f"{e}: --batch-size, --data-dir, --data FOLDER, tests/toy.py?" if str(e) else 130)
+    torch.backends.cudnn.benchmark = True  # looks for the fastest convolutions
+    main()

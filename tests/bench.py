@@ -6,8 +6,9 @@
 A time is the median over the repetitions, after one that does not count; what is compared takes
 turns, so that a noisy machine hits all of it alike. Compare the ratios, not the times.
 
-- steps: the script's real step, its loop's own lines, against the bare one: the network's forward
-  and backward and the update, on two batches that lie on the device, with a mean for a loss.
+- steps: the script's real step, its train_step with what the loop has around it, against the bare
+  one: the network's forward and backward and the update, on two batches that lie on the device,
+  with a mean for a loss.
 - augmentation: views a second, against torchvision's per-image transforms in worker processes.
 - variants: one thing changed at a time, in the bare step of the first of the methods.
 - decode: a folder of 60,000 small images into one tensor.
@@ -16,9 +17,8 @@ turns, so that a noisy machine hits all of it alike. Compare the ratios, not the
 """
 
 import argparse
-import ast
 import importlib
-import inspect
+import math
 import os
 import statistics
 import sys
@@ -88,16 +88,6 @@ def table(title, columns, rows):
 
 
 # ------------------------------------------------------------------ A step
-def loop_lines(script):
-    """The body of the loop over the steps in the script's main, compiled."""
-    tree = ast.parse(inspect.getsource(script.main))
-    loops = [node for node in ast.walk(tree) if isinstance(node, ast.For)]
-    loop = next(
-        node for node in loops if ast.unparse(node.target) in ("step, rows", "(step, rows)")
-    )
-    return compile(ast.Module(loop.body, []), f"{script.__file__}: the loop", "exec")
-
-
 class Training:
     """A method's script, set up as its main does: the real step, the bare one, and their parts."""
 
@@ -127,25 +117,22 @@ class Training:
             self.views = [view.contiguous() for view in self.views]
         self.dtype = torch.bfloat16 if args.device.type == "cuda" else None
         self.flags.bf16 = self.dtype is not None
-        self.count = 0
-        self.code = loop_lines(self.script)
-        self.names = vars(self.script) | {
-            "args": self.flags,
-            "device": self.device,
-            "fits": True,
-            "images": self.images,
-            "model": self.model,
-            "network": self.network,
-            "optimizer": self.optimizer,
-            "steps": 100,
-            "total": torch.zeros((), device=self.device),
-        }
+        self.steps = 0
+        self.total = torch.zeros((), device=self.device)
 
     def real(self):
-        """The lines of the script's loop, with the next batch."""
-        self.names |= {"step": self.count % 1000, "rows": self.order[self.count % 2]}
-        exec(self.code, self.names)
-        self.count += 1
+        """A step as in the loop of the script's main, with the next batch."""
+        rows = self.order[self.steps % 2]
+        anneal = (1 + math.cos(math.pi * (self.steps % 1000 + 0.5) / 10_000)) / 2
+        lr = self.flags.lr * self.batch_size / 256 * anneal
+        group = self.optimizer.param_groups[0]
+        group.update(lr=lr, weight_decay=self.flags.weight_decay)
+        x = self.images[rows].to(self.device)
+        loss, _ = self.script.train_step(self.network, self.optimizer, x, self.flags.bf16)
+        if self.name == "byol":
+            self.model.update_target((1 - self.flags.ema_decay) * anneal)
+        self.total += loss
+        self.steps += 1
 
     def autocast(self):
         enabled = self.dtype is not None
@@ -203,8 +190,7 @@ class Training:
             (self.loss(a, b.detach()) + self.loss(b, a.detach())).backward()
 
     def moving_average(self):
-        for t, weight in zip(self.model.target.parameters(), self.model.parameters()):
-            t.data.lerp_(weight.data, 0.01)
+        self.model.update_target(0.01)
 
 
 class _Next(nn.Module):

@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torchvision.utils import save_image
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.append(str(ROOT))  # behind PYTHONPATH, where other copies may stand
 METHODS = {"simsiam": "SimSiam", "byol": "BYOL", "simclr": "SimCLR"}  # file: class
 CLASSES = {"red": 0, "green": 1, "blue": 2}
 
@@ -22,6 +23,20 @@ class Small(torch.nn.Sequential):
     def __init__(self, *_):
         pool, linear = torch.nn.AdaptiveAvgPool2d(1), torch.nn.Linear(3, 4)
         super().__init__(pool, torch.nn.Flatten(), linear, torch.nn.BatchNorm1d(4))
+
+
+NARROW = {  # heads of a few weights
+    "SimSiam": {"dim": 8, "bottleneck": 4},
+    "BYOL": {"hidden": 8, "dim": 4},
+    "SimCLR": {"hidden": 8, "dim": 4},
+}
+
+
+def shrink(monkeypatch, script):
+    """Where only the loop of a script is of interest: a tiny backbone, tiny heads."""
+    name = METHODS[script.__name__]
+    monkeypatch.setattr(script, "build_backbone", Small)
+    monkeypatch.setattr(script, name, partial(getattr(script, name), **NARROW[name]))
 
 
 @pytest.fixture(params=METHODS)

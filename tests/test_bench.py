@@ -19,21 +19,27 @@ def arguments(method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_real_step_is_the_one_of_the_script(method, monkeypatch):
-    training, views = bench.Training(method, arguments(method)), []
-    augment = training.names["augment"]
-    spy = lambda x, **options: views.append(x) or augment(x, **options)  # noqa: E731
-    monkeypatch.setitem(training.names, "augment", spy)
+    training, seen = bench.Training(method, arguments(method)), []
+    train_step = training.script.train_step
+
+    def spy(network, optimizer, x, bf16):
+        seen.append(x)
+        return train_step(network, optimizer, x, bf16)
+
+    monkeypatch.setattr(training.script, "train_step", spy)
     before = [p.clone() for p in training.model.parameters()]
     training.real()
-    assert len(views) == 2
-    assert torch.equal(views[0], training.images[training.order[0]])
+    assert len(seen) == 1
+    assert torch.equal(seen[0], training.images[training.order[0]])
     changed = [not torch.equal(a, b) for a, b in zip(before, training.model.parameters())]
     assert any(changed)
     if method == "byol":  # the target follows
         names = [name for name, _ in training.model.named_parameters()]
         assert any(c for name, c in zip(names, changed) if name.startswith("target"))
-    assert training.names["total"] != 0  # the loss was added
-    assert training.names["lr"] == pytest.approx(training.flags.lr * 4 / 256, rel=1e-3)  # the peak
+    assert training.total != 0  # the loss was added
+    group = training.optimizer.param_groups[0]
+    assert group["lr"] == pytest.approx(training.flags.lr * 4 / 256, rel=1e-3)  # the peak
+    assert group["weight_decay"] == training.flags.weight_decay
 
 
 @pytest.mark.parametrize("method", METHODS)

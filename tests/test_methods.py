@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision.transforms.v2.functional as TF
-from conftest import METHODS, Small
+from conftest import METHODS, NARROW, shrink
 from torch import nn
 
 import byol
@@ -27,12 +27,7 @@ class TinyBackbone(nn.Sequential):
 
 def tiny(method, **options):
     torch.manual_seed(0)
-    widths = {
-        "SimSiam": {"dim": 8, "bottleneck": 4},
-        "BYOL": {"hidden": 8, "dim": 4},
-        "SimCLR": {"hidden": 8, "dim": 4},
-    }
-    return method(TinyBackbone(), **widths[method.__name__], **options)
+    return method(TinyBackbone(), **NARROW[method.__name__], **options)
 
 
 def views(count=6):
@@ -128,27 +123,98 @@ def test_byol_target_gets_no_gradient_and_starts_as_a_copy():
     assert model.target.training
 
 
+@pytest.mark.parametrize("rate", [0.0, 0.1, 1.0])
+def test_byol_update_target(rate):
+    """The target becomes (1 - rate) target + rate online, weight by weight: Eq. (1)."""
+    model = tiny(byol.BYOL)
+    with torch.no_grad():
+        for p in [*model.backbone.parameters(), *model.projector.parameters()]:
+            p.add_(torch.randn_like(p))
+    before = copy.deepcopy(model)
+    model.update_target(rate)
+    online = nn.Sequential(model.backbone, model.projector).parameters()
+    for new, old, weight in zip(model.target.parameters(), before.target.parameters(), online):
+        torch.testing.assert_close(new, (1 - rate) * old + rate * weight)
+    for name in ("backbone", "projector", "predictor"):  # these stay
+        parts = zip(getattr(model, name).parameters(), getattr(before, name).parameters())
+        assert all(torch.equal(a, b) for a, b in parts)
+
+
+def test_byol_update_target_refuses_another_number_of_weights():
+    model = tiny(byol.BYOL)
+    model.projector.append(nn.Linear(4, 4))
+    with pytest.raises(ValueError, match="zip"):
+        model.update_target(0.1)
+
+
 @pytest.mark.parametrize("decay", [0.0, 0.9, 1.0])
-def test_byol_moving_average(decay, folder, tmp_path, monkeypatch):
-    """The target after one step of the loop is tau target + (1 - tau) online, weight by weight."""
-    models = []
+def test_byol_moves_the_target_after_each_step(decay, folder, tmp_path, monkeypatch):
+    """By 1 - decay at the start of the training, by 0 at its end: tau rises to 1, Sec. 3.3."""
+    steps, rates = [], []
+    train_step = byol.train_step
 
-    class Spy(byol.BYOL):
-        def __init__(self, backbone):
-            super().__init__(backbone, hidden=8, dim=4)
-            models.append(self)
-            models.append(copy.deepcopy(self))
+    def spy(network, *args):
+        steps.append(len(rates))
+        return train_step(network, *args)
 
-    monkeypatch.setattr(byol, "BYOL", Spy)
-    monkeypatch.setattr(byol, "build_backbone", Small)
-    flags = f"--data {folder} --size 8 --epochs 1 --batch-size 48 --lr 1 --device cpu".split()
+    monkeypatch.setattr(byol, "train_step", spy)
+    monkeypatch.setattr(byol.BYOL, "update_target", lambda _, rate: rates.append(rate))
+    shrink(monkeypatch, byol)
+    flags = f"--data {folder} --size 8 --epochs 2 --batch-size 24 --lr 1 --device cpu".split()
     byol.main([*flags, "--ema-decay", str(decay), "--out", str(tmp_path / "run")])
-    after, before = models
-    tau = 1 - (1 - decay) * 0.5  # the only step is in the middle of the cosine from decay to 1
-    online = nn.Sequential(after.backbone, after.projector).parameters()
-    for new, old, weight in zip(after.target.parameters(), before.target.parameters(), online):
-        torch.testing.assert_close(new, tau * old + (1 - tau) * weight)
-        assert not torch.equal(old, weight) or not weight.any()  # a step was taken
+    assert steps == [0, 1, 2, 3]  # once, after each of four steps
+    cosine = [(1 + math.cos(math.pi * (step + 0.5) / 4)) / 2 for step in range(4)]
+    assert rates == pytest.approx([(1 - decay) * c for c in cosine])
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_train_step_is_one_update_by_the_loss_of_two_views(script, bf16):
+    model = tiny(getattr(script, METHODS[script.__name__]))
+    twin = copy.deepcopy(model)
+    images = torch.randint(0, 256, (6, 3, 8, 8), dtype=torch.uint8)
+    torch.manual_seed(1)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
+    loss, watched = script.train_step(model, sgd, images, bf16)
+    torch.manual_seed(1)
+    x1, x2 = (script.normalize(x) for x in script.two_views(images))
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        expected, p1 = twin(x1, x2)
+    assert torch.equal(loss, expected)
+    assert torch.equal(watched, p1)
+    assert watched.dtype == (torch.bfloat16 if bf16 else torch.float32)
+    assert not loss.requires_grad
+    assert not watched.requires_grad
+    expected.backward()
+    for new, old in zip(model.parameters(), twin.parameters()):
+        step = 0 if old.grad is None else 0.1 * (old.grad + 0.01 * old)
+        torch.testing.assert_close(new, old - step)
+
+
+def test_train_step_forgets_the_last_gradient(script):
+    gradients = []
+    for steps in (1, 2):
+        model = tiny(getattr(script, METHODS[script.__name__]))
+        sgd = torch.optim.SGD(model.parameters(), lr=0)
+        images = torch.arange(6 * 192).view(6, 3, 8, 8).to(torch.uint8)
+        for _ in range(steps):
+            torch.manual_seed(1)
+            script.train_step(model, sgd, images, False)
+        gradients.append(model.projector[0].weight.grad)
+    torch.testing.assert_close(*gradients)
+
+
+def test_the_two_views(script):
+    """Of the same images, drawn each on its own; BYOL solarizes some of the second ones."""
+    images = torch.full((200, 3, 8, 8), 255, dtype=torch.uint8)  # a crop of white is white
+    torch.manual_seed(0)
+    x1, x2 = script.two_views(images)
+    assert x1.shape == x2.shape == (200, 3, 8, 8)
+    black = [(x.amax((1, 2, 3)) < 0.5).float().mean().item() for x in (x1, x2)]
+    assert black[0] == 0
+    assert 0.1 < black[1] < 0.3 if script.__name__ == "byol" else black[1] == 0
+    pictures = torch.rand(4, 3, 8, 8).mul(255).to(torch.uint8)
+    x1, x2 = script.two_views(pictures)
+    assert (x1 - x2).abs().amax((1, 2, 3)).min() > 0
 
 
 LOSSES = {
@@ -242,7 +308,7 @@ def test_the_meter_sees_predictions_that_point_one_way(folder, tmp_path, monkeyp
             nn.init.zeros_(self.predictor[-1].weight)
 
     monkeypatch.setattr(simsiam, "SimSiam", OneWay)
-    monkeypatch.setattr(simsiam, "build_backbone", Small)
+    shrink(monkeypatch, simsiam)
     flags = f"--data {folder} --size 8 --epochs 1 --batch-size 24 --lr 0 --device cpu".split()
     simsiam.main([*flags, "--out", str(tmp_path / "run")])
     line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("epoch 1 "))
@@ -270,23 +336,41 @@ def vote(train_h, train_y, h, k, temperature):
 @pytest.mark.parametrize(("k", "temperature"), [(1, 0.1), (7, 0.1), (7, 1.0), (500, 0.1)])
 def test_knn_against_a_brute_force_vote(script, k, temperature):
     torch.manual_seed(0)
-    images = torch.randint(0, 256, (70, 3, 2, 2), dtype=torch.uint8)
-    labels = torch.randint(0, 4, (70,))
-    h = TF.normalize(images / 255, script.MEAN, script.STD).flatten(1).tolist()
+    bank, queries = torch.randn(50, 12) + 0.5, torch.randn(20, 12) + 0.5
+    labels, truth = torch.randint(0, 4, (50,)), torch.randint(0, 4, (20,))
     hits = sum(
-        vote(h[:50], labels[:50], query, k, temperature) == y
-        for query, y in zip(h[50:], labels[50:].tolist())
+        vote(bank.tolist(), labels, query, k, temperature) == y
+        for query, y in zip(queries.tolist(), truth.tolist())
     )
-    train, test = (images[:50], labels[:50]), (images[50:], labels[50:])
-    accuracy = script.knn_accuracy(nn.Flatten(), train, test, torch.device("cpu"), k, temperature)
+    accuracy = script.knn_accuracy(bank, labels, queries, truth, k, temperature)
     assert accuracy == pytest.approx(100 * hits / 20)
     assert 0 < accuracy < 100
 
 
-def test_knn_leaves_the_network_in_train_mode_and_its_statistics_alone(script):
+def test_features_are_those_of_the_frozen_network(script):
+    """In eval mode, batch by batch, of normalized pictures; the network is left as it was."""
     backbone = TinyBackbone()
+    images = torch.randint(0, 256, (230, 3, 8, 8), dtype=torch.uint8)
+    with torch.no_grad():
+        backbone(script.normalize(images / 255))  # moves the statistics
     before = copy.deepcopy(backbone.state_dict())
-    split = torch.randint(0, 256, (20, 3, 8, 8), dtype=torch.uint8), torch.arange(20) % 2
-    script.knn_accuracy(backbone, split, split, torch.device("cpu"))
+    features = script.compute_features(backbone, images, "cpu")
+    assert not features.requires_grad
     assert backbone.training
     assert all(torch.equal(before[name], t) for name, t in backbone.state_dict().items())
+    x = TF.normalize(images / 255, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    torch.testing.assert_close(features, backbone.eval()(x))
+
+
+@pytest.mark.parametrize("kind", ["constant", "isotropic", "skewed"])
+def test_spread(script, kind):
+    torch.manual_seed(0)
+    p = torch.ones(2048, 64) if kind == "constant" else torch.randn(2048, 64)
+    p = p + 2 if kind == "skewed" else p
+    unit = p / p.norm(dim=1, keepdim=True)
+    expected = sum(unit[:, d].std().item() for d in range(64)) / 64 * 8
+    assert script.spread(p) == pytest.approx(expected, abs=1e-5)
+    low, high = {"constant": (0, 1e-6), "isotropic": (0.97, 1.03), "skewed": (0.2, 0.6)}[kind]
+    assert low <= script.spread(p) <= high
+    assert script.spread(3 * p) == pytest.approx(script.spread(p), abs=1e-6)
+    assert script.spread(p.bfloat16()) == pytest.approx(expected, abs=1e-2)

@@ -2,6 +2,7 @@
 
 import csv
 import importlib
+import math
 import os
 import re
 import runpy
@@ -10,35 +11,40 @@ import sys
 
 import pytest
 import torch
-from conftest import METHODS, ROOT, Small
+from conftest import METHODS, ROOT, Small, shrink
 from PIL import Image
 from torchvision import models
+
+
+def log_of(out):
+    """The rows of a run's log, as dictionaries."""
+    with open(out / "log.csv", newline="") as file:
+        return list(csv.DictReader(file))
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_what_a_run_leaves_behind(method, runs):
     out = runs / method
     assert sorted(path.name for path in out.iterdir()) == ["checkpoint.pt", "log.csv"]
-    with open(out / "log.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    columns = ["epoch", "loss", "spread", "kNN", "lr", "images/s"]
+    rows = log_of(out)
+    columns = ["epoch", "loss", "spread", "kNN", "lr"]
     assert list(rows[0]) == columns
     assert [row["epoch"] for row in rows] == ["1", "2"]
-    assert all(float(row["kNN"]) >= 0 and float(row["images/s"]) > 0 for row in rows)
+    assert all(float(row["kNN"]) >= 0 and float(row["spread"]) > 0 for row in rows)
     assert 0 < float(rows[1]["lr"]) < float(rows[0]["lr"])
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_checkpoint_opens_in_plain_torchvision(method, runs):
     saved = torch.load(runs / method / "checkpoint.pt", weights_only=True)
-    assert {"backbone", "model", "optimizer", "epoch", "args"} <= set(saved)
+    assert {"backbone", "network", "optimizer", "epoch", "log", "args"} == set(saved)
     assert saved["epoch"] == 2
     assert saved["args"]["size"] == 8
     expected = {name for name in models.resnet18().state_dict() if not name.startswith("fc.")}
     assert set(saved["backbone"]) == expected
-    assert all(torch.isfinite(t).all() for t in saved["model"].values())
+    assert all(torch.isfinite(t).all() for t in saved["network"].values())
     shared = {f"backbone.{name}": t for name, t in saved["backbone"].items()}
-    assert all(torch.equal(saved["model"][name], t) for name, t in shared.items())
+    assert all(torch.equal(saved["network"][name], t) for name, t in shared.items())
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -52,7 +58,7 @@ def test_training_moves_the_weights(method, runs):
 
 
 def test_byol_target_follows_the_online_network(runs):
-    model = torch.load(runs / "byol" / "checkpoint.pt", weights_only=True)["model"]
+    model = torch.load(runs / "byol" / "checkpoint.pt", weights_only=True)["network"]
     torch.manual_seed(0)
     start = importlib.import_module("byol").build_backbone("resnet18", 8).state_dict()
     target, online = model["target.0.conv1.weight"], model["backbone.conv1.weight"]
@@ -68,79 +74,125 @@ def test_an_earlier_run_is_not_written_over(script, runs, arguments):
     assert (out / "checkpoint.pt").stat().st_mtime_ns == before
 
 
-class Instant(torch.nn.Module):
-    """Stands in for a method whose step costs nothing."""
-
-    def __init__(self, backbone, **_):
-        super().__init__()
-        self.backbone = backbone
-        self.target = torch.nn.Module()
-
-    def forward(self, x1, x2):
-        return self.backbone[2].weight.sum(), torch.eye(4)
-
-
-def test_knn_runs_ten_times_at_even_distances(script, folder, tmp_path, monkeypatch):
-    """Twenty-five epochs without the training: which of them measure kNN?"""
+@pytest.mark.parametrize(
+    ("epochs", "expected"),
+    [
+        (4, [1, 2, 3, 4]),
+        (10, [*range(1, 11)]),
+        (25, [3, 6, 9, 12, 15, 18, 21, 24, 25]),
+        (40, [*range(4, 41, 4)]),
+    ],
+)
+def test_when_knn_is_measured_and_the_run_saved(
+    script, epochs, expected, folder, tmp_path, monkeypatch
+):
+    """Every ceil(epochs / 10) epochs, and after the last."""
+    saved = []
     monkeypatch.setattr(script, "knn_accuracy", lambda *_: 50.0)
-    monkeypatch.setattr(script, "build_backbone", Small)
-    monkeypatch.setattr(script, METHODS[script.__name__], Instant)
-    monkeypatch.setattr(script, "augment", lambda images, *_, **__: images)
-    monkeypatch.setattr(script, "normalize", lambda x: x)
-    flags = f"--data {folder} --size 8 --epochs 25 --batch-size 48 --device cpu".split()
+    shrink(monkeypatch, script)
+    monkeypatch.setattr(script, "train_step", lambda *_: (torch.zeros(()), torch.eye(4)))
+    monkeypatch.setattr(script.torch, "save", lambda state, path: saved.append(state["epoch"]))
+    monkeypatch.setattr(script.Path, "replace", lambda *_: None)
+    flags = f"--data {folder} --size 8 --epochs {epochs} --batch-size 48 --device cpu".split()
     script.main([*flags, "--out", str(tmp_path / "run")])
-    with open(tmp_path / "run" / "log.csv", newline="") as file:
-        measured = [int(row["epoch"]) for row in csv.DictReader(file) if row["kNN"]]
-    assert measured == [3, 5, 8, 10, 13, 15, 18, 20, 23, 25]
+    rows = log_of(tmp_path / "run")
+    assert [int(row["epoch"]) for row in rows] == [*range(1, epochs + 1)]
+    assert [int(row["epoch"]) for row in rows if row["kNN"]] == expected
+    assert saved == expected
 
 
-class Projections(torch.nn.Module):
-    """Stands in for a method: the projections are given, so that the meter can be read off."""
+def test_the_learning_rate_falls_by_half_a_cosine(script, folder, tmp_path, monkeypatch):
+    """From --lr times the batch over 256 to 0; the decay is --weight-decay all the time."""
+    groups = []
 
-    def __init__(self, backbone, **_):
-        super().__init__()
-        self.backbone = backbone
-        self.target = torch.nn.Module()
+    def spy(network, optimizer, x, bf16):
+        groups.append(dict(optimizer.param_groups[0]))
+        return torch.zeros(()), torch.eye(4)
 
-    def forward(self, x1, x2):
-        return self.backbone(x1).square().mean(), self.z
+    shrink(monkeypatch, script)
+    monkeypatch.setattr(script, "train_step", spy)
+    flags = f"--data {folder} --size 8 --epochs 3 --batch-size 16 --device cpu".split()
+    flags += ["--lr", "0.5", "--weight-decay", "0.01", "--out", str(tmp_path / "run")]
+    script.main(flags)
+    cosine = [(1 + math.cos(math.pi * (step + 0.5) / 9)) / 2 for step in range(9)]
+    assert [group["lr"] for group in groups] == pytest.approx([c / 32 for c in cosine])
+    assert {group["weight_decay"] for group in groups} == {0.01}
+    assert {group["momentum"] for group in groups} == {0.9}
 
 
-@pytest.mark.parametrize("kind", ["constant", "isotropic", "skewed"])
-def test_the_collapse_meter(script, kind, folder, tmp_path, monkeypatch, capsys):
-    torch.manual_seed(0)
-    z = torch.randn(2048, 64) + (2 if kind == "skewed" else 0)
-    z = torch.ones(2048, 64) if kind == "constant" else z
-    monkeypatch.setattr(Projections, "z", z, raising=False)
-    monkeypatch.setattr(script, METHODS[script.__name__], Projections)
-    monkeypatch.setattr(script, "build_backbone", Small)
-    flags = f"--data {folder} --size 8 --epochs 1 --batch-size 24 --device cpu".split()
+def test_an_epoch_takes_every_image_once(script, folder, tmp_path, monkeypatch):
+    """In another order each time; the loss of the log is the mean over the steps."""
+    seen = []
+
+    def spy(network, optimizer, x, bf16):
+        seen.append(x)
+        return torch.tensor(float(len(seen))), torch.eye(4)
+
+    shrink(monkeypatch, script)
+    monkeypatch.setattr(script, "train_step", spy)
+    flags = f"--data {folder} --size 8 --epochs 2 --batch-size 16 --device cpu".split()
     script.main([*flags, "--out", str(tmp_path / "run")])
-    with open(tmp_path / "run" / "log.csv", newline="") as file:
-        spread = float(next(csv.DictReader(file))["spread"])
-    unit = z / z.norm(dim=1, keepdim=True)
-    expected = sum(unit[:, d].std().item() for d in range(64)) / 64 * 8
-    assert spread == pytest.approx(expected, abs=1e-5)
-    low, high = {"constant": (0, 1e-6), "isotropic": (0.97, 1.03), "skewed": (0.2, 0.6)}[kind]
-    assert low <= spread <= high
-    line = next(line for line in capsys.readouterr().out.splitlines() if "epoch 1 " in line)
-    assert line.rstrip().endswith("collapsed?") == (kind == "constant")
+    first, second = torch.cat(seen[:3]), torch.cat(seen[3:])
+    for epoch in (first, second):
+        assert len(epoch.flatten(1).unique(dim=0)) == 48
+    assert not torch.equal(first, second)
+    assert [float(row["loss"]) for row in log_of(tmp_path / "run")] == [2, 5]
 
 
-def test_unlabeled_images_train_and_say_so(script, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(script, "build_backbone", Small)
+@pytest.mark.parametrize("kind", ["collapsed", "spread"])
+def test_a_collapsed_network_is_called_so(script, kind, folder, tmp_path, monkeypatch, capsys):
+    p = torch.ones(4, 4) if kind == "collapsed" else torch.eye(4)
+    shrink(monkeypatch, script)
+    monkeypatch.setattr(script, "train_step", lambda *_: (torch.zeros(()), p))
+    flags = f"--data {folder} --size 8 --epochs 1 --batch-size 48 --device cpu".split()
+    script.main([*flags, "--out", str(tmp_path / "run")])
+    line = capsys.readouterr().out.splitlines()[1]
+    assert line.startswith("epoch 1  loss 0.0000  spread ")
+    assert line.rstrip().endswith("collapsed?") == (kind == "collapsed")
+    spread = float(log_of(tmp_path / "run")[0]["spread"])
+    assert spread == pytest.approx(script.spread(p))
+
+
+def test_unlabeled_images_train_without_knn(script, tmp_path, monkeypatch, capsys):
+    shrink(monkeypatch, script)
     for i in range(8):
         Image.new("RGB", (12, 12), (30 * i, 9 * i, 255 - 20 * i)).save(tmp_path / f"{i}.png")
     flags = f"--data {tmp_path} --size 8 --epochs 1 --batch-size 4 --device cpu".split()
     script.main([*flags, "--out", str(tmp_path / "run")])
-    printed = capsys.readouterr().out
-    assert printed.startswith("8 images of 8 px, 0 test images for kNN, ")
-    assert "kNN " not in printed
+    assert capsys.readouterr().out.startswith("8 images, 0 classes, 0 to test ")
+    assert log_of(tmp_path / "run")[0]["kNN"] == ""
     assert (tmp_path / "run" / "checkpoint.pt").exists()
 
 
+def test_with_one_class_there_is_no_knn(script, folder, tmp_path, monkeypatch, capsys):
+    """100 % would say nothing: train/images/ is how unlabeled images often lie there."""
+    shrink(monkeypatch, script)
+    for split in ("train", "test"):
+        shutil.copytree(folder / split / "red", tmp_path / "data" / split / "images")
+    flags = f"--data {tmp_path / 'data'} --size 8 --epochs 1 --batch-size 4 --device cpu".split()
+    script.main([*flags, "--out", str(tmp_path / "run")])
+    assert capsys.readouterr().out.startswith("16 images, 1 classes, 8 to test ")
+    assert log_of(tmp_path / "run")[0]["kNN"] == ""
+
+
+def test_the_first_line_says_what_will_happen(script, arguments, tmp_path, monkeypatch, capsys):
+    class Begun(Exception):
+        """The first step."""
+
+    def stop(*_):
+        raise Begun
+
+    monkeypatch.setattr(script, "train_step", stop)
+    with pytest.raises(Begun):
+        script.main([*arguments, "--bf16", "--out", str(tmp_path / "run")])
+    line = capsys.readouterr().out
+    assert line.startswith("48 images, 3 classes, 24 to test ")
+    for part in ("size=8", "batch_size=16", "device='cpu'", "bf16=True"):
+        assert part in line
+
+
 def test_the_seed_decides(script, folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(script, "build_backbone", Small)
+    shrink(monkeypatch, script)
     flags = f"--data {folder} --size 8 --epochs 1 --batch-size 24 --device cpu".split()
     weights = []
     for i, seed in enumerate([0, 0, 1]):
@@ -166,7 +218,7 @@ def test_errors_are_one_line_and_exit_code_not_0(name, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["a folder of classes", "one with a test split"])
 def test_the_weights_do_not_depend_on_the_test_split(script, kind, tmp_path, folder, monkeypatch):
-    monkeypatch.setattr(script, "build_backbone", Small)
+    shrink(monkeypatch, script)
     root = tmp_path / "images"
     shutil.copytree(folder / "train", root / "train")
     if kind == "one with a test split":
@@ -194,7 +246,7 @@ def test_checkpoint_goes_through_linear_eval(method, runs, capsys):
 
 def test_no_stop_grad_reaches_the_method(arguments, tmp_path, monkeypatch):
     simsiam = importlib.import_module("simsiam")
-    monkeypatch.setattr(simsiam, "build_backbone", Small)
+    shrink(monkeypatch, simsiam)
     flags = [*arguments, "--lr", "1"]
     losses = []
     for flag in ("--stop-grad", "--no-stop-grad"):

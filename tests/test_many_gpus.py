@@ -1,0 +1,267 @@
+"""many_gpus.diff applied: equal weights, one writer, negatives of all processes, no hang."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import METHODS, ROOT, Small
+from torch import nn
+
+import simclr
+
+DIFF = ROOT / "tests" / "many_gpus.diff"
+FLAGS = "--size 8 --subset 47 --batch-size 16 --device cpu"  # 47: an image is left over
+# What each process runs: the main of the three scripts, then it leaves its own weights behind. They
+# share a process group, which ends with the last of them.
+TRAIN = """
+import importlib, os, sys
+import torch
+from conftest import METHODS, Small
+from torch import distributed
+begin, end = distributed.init_process_group, distributed.destroy_process_group
+distributed.init_process_group = lambda **o: distributed.is_initialized() or begin(**o)
+distributed.destroy_process_group = lambda: None
+for name, kind in METHODS.items():
+    script, models = importlib.import_module(name), []
+    class Spy(getattr(script, kind)):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            models.append(self)
+    setattr(script, kind, Spy)
+    script.build_backbone = Small
+    augment, seen, seeds = script.augment, [], set()
+    def spy(images, *_, **options):
+        seen.append(images.clone())
+        seeds.add(torch.initial_seed())
+        return augment(images, *_, **options)
+    script.augment = spy
+    out, rank = sys.argv[1], os.environ["RANK"]
+    script.main([*sys.argv[2:], "--epochs", "2", "--out", f"{out}/{name}"])
+    torch.save([models[0].state_dict(), seen, seeds], f"{out}/{name}{rank}.pt")
+    script.main(["--epochs", "3", "--out", f"{out}/{name}", "--resume"])
+    torch.save(models[1].state_dict(), f"{out}/{name}{rank}_resumed.pt")
+end()
+"""
+# Process 1 finds an older checkpoint, of other flags, in its --out, which is not shared.
+APART = """
+import os, sys
+import torch
+import simclr
+from conftest import Small
+simclr.build_backbone = Small
+rank = os.environ["RANK"]
+models = []
+class Spy(simclr.SimCLR):
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        models.append(self)
+simclr.SimCLR = Spy
+simclr.main(["--out", f"{sys.argv[1]}/out{rank}", "--resume", "--epochs", "4"])
+torch.save(models[0].state_dict(), f"{sys.argv[1]}/weights{rank}.pt")
+"""
+NT_XENT = """
+import os, sys
+import torch
+from torch import nn
+import simclr
+torch.distributed.init_process_group("gloo")
+rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+torch.manual_seed(0)
+network, x1, x2 = nn.Linear(12, 6), torch.randn(8, 12), torch.randn(8, 12)
+class Loss(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = network
+    def forward(self, x1, x2):
+        return simclr.nt_xent(self.linear(x1), self.linear(x2), 0.5), x1
+part = slice(rank * 8 // world, (rank + 1) * 8 // world)
+views = iter([x1[part], x2[part]])
+simclr.two_views = lambda x: (x1[part], x2[part])
+simclr.normalize = lambda x: x
+parallel = nn.parallel.DistributedDataParallel(Loss())
+sgd = torch.optim.SGD(parallel.parameters(), lr=0)
+loss, _ = simclr.train_step(parallel, sgd, x1, False)
+gradients = [p.grad for p in network.parameters()]
+torch.save([loss, *gradients], f"{sys.argv[1]}/rank{rank}.pt")
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.fixture(scope="module")
+def patched(tmp_path_factory):
+    """A folder with copies of the scripts to which many_gpus.diff is applied."""
+    folder = tmp_path_factory.mktemp("patched")
+    for name in METHODS:
+        shutil.copy(ROOT / f"{name}.py", folder)
+    subprocess.run(["git", "apply", str(DIFF)], cwd=folder, check=True, timeout=60)
+    return folder
+
+
+def changes(text, name):
+    """What the diff takes away from a script and adds to it, without the lines around."""
+    part = re.search(rf"^\+\+\+ b/{name}\.py\n(.*?)(^diff |\Z)", text, re.DOTALL | re.MULTILINE)[1]
+    return [line for line in part.splitlines() if line[0] in "+-"]
+
+
+def test_the_diff_changes_each_script_alike(patched):
+    """SimCLR has more: the views of all processes are its negatives."""
+    text = DIFF.read_text()
+    common = changes(text, "simsiam")
+    assert 30 < len(common) < 70
+    assert changes(text, "byol") == common
+    more = [line for line in changes(text, "simclr") if line not in common]
+    assert [line for line in common if line not in changes(text, "simclr")] == []
+    assert any("def gather" in line for line in more)
+    for name in METHODS:
+        assert "torch.distributed" not in (ROOT / f"{name}.py").read_text()
+        assert "init_process_group" in (patched / f"{name}.py").read_text()
+
+
+def torchrun(patched, *command, processes=2):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    path = os.pathsep.join([str(patched), str(ROOT / "tests")])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [*launcher, f"--nproc_per_node={processes}", *map(str, command)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process):
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    return out
+
+
+@pytest.fixture(scope="module")
+def two_ranks(patched, folder, tmp_path_factory):
+    """The folder in which two processes have trained each script, and resumed it."""
+    out = tmp_path_factory.mktemp("ranks")
+    (out / "driver.py").write_text(TRAIN)
+    printed = finish(torchrun(patched, out / "driver.py", out, "--data", folder, *FLAGS.split()))
+    assert [printed.count(f"epoch {epoch} ") for epoch in (1, 2, 3)] == [3, 3, 3]
+    assert printed.count("2 x 23 images, 3 classes, 24 test ") == 6
+    return out
+
+
+def weights(state):
+    return {k: t for k, t in state.items() if not k.endswith(("_mean", "_var", "_tracked"))}
+
+
+def test_two_ranks_leave_one_run_and_hold_equal_weights(script, two_ranks):
+    name = script.__name__
+    files = sorted(path.name for path in (two_ranks / name).iterdir())
+    assert files == ["checkpoint.pt", "log.csv"]
+    for suffix in ("", "_resumed"):
+        states = [torch.load(two_ranks / f"{name}{rank}{suffix}.pt") for rank in (0, 1)]
+        states = states if suffix else [state[0] for state in states]
+        a, b = (weights(state) for state in states)
+        assert len(a) >= 7
+        assert [key for key in a if not torch.equal(a[key], b[key])] == []
+    saved = torch.load(two_ranks / name / "checkpoint.pt")["network"]
+    assert all(torch.equal(saved[key], states[0][key]) for key in saved)
+
+
+def test_two_ranks_share_each_batch_and_draw_other_views(script, two_ranks):
+    (_, seen0, seeds0), (_, seen1, seeds1) = (
+        torch.load(two_ranks / f"{script.__name__}{rank}.pt", weights_only=False) for rank in (0, 1)
+    )
+    assert len(seen0) == len(seen1) == 2 * 2 * 2  # two views, two epochs of two steps
+    of_rank = []
+    for seen in (seen0, seen1):
+        for epoch in (0, 4):
+            images = torch.cat(seen[epoch : epoch + 4 : 2])
+            assert images.shape == (16, 3, 8, 8)
+            assert len(images.flatten(1).unique(dim=0)) == 16  # each image once an epoch
+        of_rank.append({image.numpy().tobytes() for batch in seen for image in batch})
+    assert not of_rank[0] & of_rank[1]  # each has images of its own
+    assert len(seeds1) == 2
+    assert not seeds0 & seeds1
+
+
+def test_one_process_goes_on_where_two_have_stopped(script, two_ranks, monkeypatch, capsys):
+    """The plain script, by the flags of the run."""
+    monkeypatch.setattr(script, "build_backbone", Small)
+    script.main(["--epochs", "4", "--out", str(two_ranks / script.__name__), "--resume"])
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in printed if line[:6] == "epoch "] == ["4"]
+
+
+def test_two_processes_go_on_from_the_checkpoint_of_rank_0(patched, folder, tmp_path, monkeypatch):
+    """By its flags, though the other one has an older one in an --out of its own."""
+    monkeypatch.setattr(simclr, "build_backbone", Small)
+    flags = ["--data", str(folder), *FLAGS.split(), "--lr", "0.5"]
+    simclr.main([*flags, "--epochs", "3", "--out", str(tmp_path / "out0")])
+    simclr.main([*flags, "--epochs", "1", "--out", str(tmp_path / "out1"), "--seed", "1"])
+    before = (tmp_path / "out1" / "checkpoint.pt").read_bytes()
+    (tmp_path / "driver.py").write_text(APART)
+    printed = finish(torchrun(patched, tmp_path / "driver.py", tmp_path))
+    assert [line.split()[1] for line in printed.splitlines() if line[:6] == "epoch "] == ["4"]
+    a, b = (weights(torch.load(tmp_path / f"weights{rank}.pt")) for rank in (0, 1))
+    assert [key for key in a if not torch.equal(a[key], b[key])] == []
+    assert (tmp_path / "out1" / "checkpoint.pt").read_bytes() == before
+
+
+def test_the_gradient_of_simclr_is_that_of_one_process(patched, tmp_path):
+    driver = tmp_path / "driver.py"
+    driver.write_text(NT_XENT)
+    finish(torchrun(patched, driver, tmp_path))
+    torch.manual_seed(0)
+    network, x1, x2 = nn.Linear(12, 6), torch.randn(8, 12), torch.randn(8, 12)
+    loss = simclr.nt_xent(network(x1), network(x2), 0.5)
+    loss.backward()
+    single = [loss.detach(), *(p.grad for p in network.parameters())]
+    for rank in (0, 1):
+        for a, b in zip(single, torch.load(tmp_path / f"rank{rank}.pt")):
+            torch.testing.assert_close(b, a, atol=1e-5, rtol=0)
+    assert single[1].abs().max() > 1e-3  # a gradient that is all zero would prove nothing
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(patched, folder, tmp_path):
+    out = tmp_path / "run"
+    flags = f"--data {folder} --size 8 --device cpu --batch-size 15 --out {out}".split()
+    process = torchrun(patched, patched / "simclr.py", *flags)
+    _, err = process.communicate(timeout=200)
+    assert process.returncode != 0
+    assert "--batch-size 15 is no multiple of 2 processes" in err
+    assert not out.exists()
+
+
+def processes_of(text):
+    """{rank: process id} of the running workers with text in their command line."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (folder / "cmdline").read_bytes().decode().split("\0")
+            variables = (folder / "environ").read_bytes().decode().split("\0")
+        except (OSError, UnicodeDecodeError):
+            continue
+        ranks = [v.removeprefix("RANK=") for v in variables if v.startswith("RANK=")]
+        if ranks and text in words:
+            found[int(ranks[0])] = int(folder.name)
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="finds the ranks through /proc")
+def test_a_killed_rank_ends_the_run(patched, folder, tmp_path):
+    out = str(tmp_path / "run")
+    flags = f"--data {folder} {FLAGS} --epochs 1000 --out {out}".split()
+    process = torchrun(patched, patched / "simsiam.py", *flags)
+    line = ""
+    while "epoch 1 " not in line:
+        line = process.stdout.readline()
+        assert line, process.stderr.read()
+    os.kill(processes_of(out)[1], signal.SIGKILL)
+    _, err = process.communicate(timeout=100)
+    assert process.returncode != 0
+    assert "SIGKILL" in err or "exitcode: -9" in err.replace(" ", "").replace(":", ": ")
+    assert processes_of(out) == {}
