@@ -2,11 +2,13 @@
 
 import os
 import re
+import runpy
 import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -46,50 +48,29 @@ for name, kind in METHODS.items():
     torch.save([models[0].state_dict(), seen, seeds], f"{out}/{name}{rank}.pt")
     script.main(["--epochs", "3", "--out", f"{out}/{name}", "--resume"])
     torch.save(models[1].state_dict(), f"{out}/{name}{rank}_resumed.pt")
-end()
 """
-# Process 1 finds an older checkpoint, of other flags, in its --out, which is not shared.
+# Process 1 finds an older checkpoint, of another seed, in its --out, which is not shared.
 APART = """
-import os, sys
-import torch
-import simclr
-from conftest import Small
-simclr.build_backbone = Small
-rank = os.environ["RANK"]
-models = []
-class Spy(simclr.SimCLR):
-    def __init__(self, *args, **options):
-        super().__init__(*args, **options)
-        models.append(self)
-simclr.SimCLR = Spy
-simclr.main(["--out", f"{sys.argv[1]}/out{rank}", "--resume", "--epochs", "4"])
-torch.save(models[0].state_dict(), f"{sys.argv[1]}/weights{rank}.pt")
+script.main(["--epochs", "4", "--out", f"{out}/apart{rank}", "--resume"])
+torch.save(models[2].state_dict(), f"{out}/apart{rank}.pt")
 """
-NT_XENT = """
-import os, sys
-import torch
-from torch import nn
-import simclr
-torch.distributed.init_process_group("gloo")
-rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-torch.manual_seed(0)
-network, x1, x2 = nn.Linear(12, 6), torch.randn(8, 12), torch.randn(8, 12)
-class Loss(nn.Module):
+# A step of SimCLR with a linear network, on a half of 8 images in each process.
+GRADIENT = """
+class Linear(torch.nn.Module):
     def __init__(self):
         super().__init__()
-        self.linear = network
+        self.linear = torch.nn.Linear(12, 6)
     def forward(self, x1, x2):
-        return simclr.nt_xent(self.linear(x1), self.linear(x2), 0.5), x1
-part = slice(rank * 8 // world, (rank + 1) * 8 // world)
-views = iter([x1[part], x2[part]])
-simclr.two_views = lambda x: (x1[part], x2[part])
-simclr.normalize = lambda x: x
-parallel = nn.parallel.DistributedDataParallel(Loss())
-sgd = torch.optim.SGD(parallel.parameters(), lr=0)
-loss, _ = simclr.train_step(parallel, sgd, x1, False)
-gradients = [p.grad for p in network.parameters()]
-torch.save([loss, *gradients], f"{sys.argv[1]}/rank{rank}.pt")
-torch.distributed.destroy_process_group()
+        return script.nt_xent(self.linear(x1), self.linear(x2), 0.5), x1
+torch.manual_seed(0)
+network, x1, x2 = Linear(), torch.randn(8, 12), torch.randn(8, 12)
+part = slice(4 * int(rank), 4 * int(rank) + 4)
+script.two_views = lambda x: (x1[part], x2[part])
+script.normalize = lambda x: x
+sgd = torch.optim.SGD(network.parameters(), lr=0)
+loss, _ = script.train_step(torch.nn.parallel.DistributedDataParallel(network), sgd, x1, False)
+torch.save([loss, *(p.grad for p in network.parameters())], f"{out}/gradient{rank}.pt")
+end()
 """
 
 
@@ -144,12 +125,18 @@ def finish(process):
 
 @pytest.fixture(scope="module")
 def two_ranks(patched, folder, tmp_path_factory):
-    """The folder in which two processes have trained each script, and resumed it."""
+    """The folder in which two processes have run TRAIN, APART and GRADIENT, one after the other."""
     out = tmp_path_factory.mktemp("ranks")
-    (out / "driver.py").write_text(TRAIN)
-    printed = finish(torchrun(patched, out / "driver.py", out, "--data", folder, *FLAGS.split()))
-    assert [printed.count(f"epoch {epoch} ") for epoch in (1, 2, 3)] == [3, 3, 3]
-    assert printed.count("2 x 23 images, 3 classes, 24 test ") == 6
+    flags = ["--data", str(folder), *FLAGS.split()]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(simclr, "build_backbone", Small)
+        simclr.main([*flags, "--epochs", "3", "--out", str(out / "apart0")])
+        simclr.main([*flags, "--epochs", "1", "--out", str(out / "apart1"), "--seed", "1"])
+    (out / "driver.py").write_text(TRAIN + APART + GRADIENT)
+    printed = finish(torchrun(patched, out / "driver.py", out, *flags))
+    epochs = [line.split()[1] for line in printed.splitlines() if line.startswith("epoch ")]
+    assert epochs == ["1", "2", "3"] * 3 + ["4"]
+    assert printed.count("2 x 23 images, 3 classes, 24 test ") == 7
     return out
 
 
@@ -196,44 +183,41 @@ def test_one_process_goes_on_where_two_have_stopped(script, two_ranks, monkeypat
     assert [line.split()[1] for line in printed if line[:6] == "epoch "] == ["4"]
 
 
-def test_two_processes_go_on_from_the_checkpoint_of_rank_0(patched, folder, tmp_path, monkeypatch):
+def test_two_processes_go_on_from_the_checkpoint_of_rank_0(two_ranks):
     """By its flags, though the other one has an older one in an --out of its own."""
-    monkeypatch.setattr(simclr, "build_backbone", Small)
-    flags = ["--data", str(folder), *FLAGS.split(), "--lr", "0.5"]
-    simclr.main([*flags, "--epochs", "3", "--out", str(tmp_path / "out0")])
-    simclr.main([*flags, "--epochs", "1", "--out", str(tmp_path / "out1"), "--seed", "1"])
-    before = (tmp_path / "out1" / "checkpoint.pt").read_bytes()
-    (tmp_path / "driver.py").write_text(APART)
-    printed = finish(torchrun(patched, tmp_path / "driver.py", tmp_path))
-    assert [line.split()[1] for line in printed.splitlines() if line[:6] == "epoch "] == ["4"]
-    a, b = (weights(torch.load(tmp_path / f"weights{rank}.pt")) for rank in (0, 1))
+    a, b = (weights(torch.load(two_ranks / f"apart{rank}.pt")) for rank in (0, 1))
     assert [key for key in a if not torch.equal(a[key], b[key])] == []
-    assert (tmp_path / "out1" / "checkpoint.pt").read_bytes() == before
+    saved = [torch.load(two_ranks / f"apart{rank}" / "checkpoint.pt") for rank in (0, 1)]
+    assert [state["epoch"] for state in saved] == [4, 1]
+    assert [state["args"]["seed"] for state in saved] == [0, 1]
 
 
-def test_the_gradient_of_simclr_is_that_of_one_process(patched, tmp_path):
-    driver = tmp_path / "driver.py"
-    driver.write_text(NT_XENT)
-    finish(torchrun(patched, driver, tmp_path))
+def test_the_gradient_of_simclr_is_that_of_one_process(two_ranks):
     torch.manual_seed(0)
     network, x1, x2 = nn.Linear(12, 6), torch.randn(8, 12), torch.randn(8, 12)
     loss = simclr.nt_xent(network(x1), network(x2), 0.5)
     loss.backward()
     single = [loss.detach(), *(p.grad for p in network.parameters())]
     for rank in (0, 1):
-        for a, b in zip(single, torch.load(tmp_path / f"rank{rank}.pt")):
+        for a, b in zip(single, torch.load(two_ranks / f"gradient{rank}.pt")):
             torch.testing.assert_close(b, a, atol=1e-5, rtol=0)
     assert single[1].abs().max() > 1e-3  # a gradient that is all zero would prove nothing
 
 
-def test_a_batch_that_cannot_be_shared_is_refused(patched, folder, tmp_path):
-    out = tmp_path / "run"
-    flags = f"--data {folder} --size 8 --device cpu --batch-size 15 --out {out}".split()
-    process = torchrun(patched, patched / "simclr.py", *flags)
-    _, err = process.communicate(timeout=200)
-    assert process.returncode != 0
-    assert "--batch-size 15 is no multiple of 2 processes" in err
-    assert not out.exists()
+def test_a_batch_that_cannot_be_shared_is_refused(patched, folder, tmp_path, monkeypatch):
+    namespace = runpy.run_path(str(patched / "simclr.py"))
+    fake = SimpleNamespace(
+        init_process_group=lambda **_: None,
+        get_rank=lambda: 0,
+        get_world_size=lambda: 2,
+        broadcast_object_list=lambda _: None,
+    )
+    monkeypatch.setitem(namespace["main"].__globals__, "distributed", fake)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    flags = f"--data {folder} --size 8 --device cpu --batch-size 15 --out {tmp_path / 'run'}"
+    with pytest.raises(SystemExit, match="--batch-size 15 is no multiple of 2 processes"):
+        namespace["main"](flags.split())
+    assert not (tmp_path / "run").exists()
 
 
 def processes_of(text):

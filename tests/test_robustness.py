@@ -13,7 +13,7 @@ import sys
 
 import pytest
 import torch
-from conftest import METHODS, ROOT, shrink
+from conftest import METHODS, ROOT, Small, shrink
 from PIL import Image
 from torchvision import models
 
@@ -78,7 +78,7 @@ def test_killed_in_the_third_of_four_epochs_then_resumed(
 ):
     """Equal to four epochs straight: weights, optimizer and log, to the bit."""
     monkeypatch.chdir(tmp_path)
-    shrink(monkeypatch, script)
+    monkeypatch.setattr(script, "build_backbone", Small)
     flags = f"--data {folder} --size 8 --epochs 4 --batch-size 48 --device cpu --out".split()
     broken = start(script.__name__, tmp_path, *flags, "broken")
     wait_for(broken, "in the third epoch")
