@@ -5,21 +5,21 @@
         h1, h2 = backbone(x1), backbone(x2)     # features: what is kept in the end
         z1, z2 = projector(h1), projector(h2)   # projections
         p1, p2 = predictor(z1), predictor(z2)   # predictions
-        t1, t2 = target(x1), target(x2)         # a slow copy of f: backbone and projector
+        t1, t2 = target(x1), target(x2)         # of a slow copy of backbone and projector
         L = R(p1, t2) + R(p2, t1)               # R(p, t) = 2 - 2 cosine(p, t)
         update all but the target by the gradient of L
-        target = tau target + (1 - tau) f       # Eq. (1), weight by weight
+        target = tau target + (1 - tau) online  # Eq. (1), weight by weight
 
-Collapse, one way for all p and t, L = 0, is prevented by predictor and slow target (Sec. 3.2).
-Differs from the paper: SGD, lightly's lr / 4 and decay x 4 (its loss is L / 4); SimSiam's views.
+Collapse (all p and t alike, L = 0) does not happen with predictor and slow target (Sec. 3.2).
+Differs from the paper: ResNet-18, SimSiam's views, SGD without warm-up (rates as lightly's).
 
     python byol.py && python linear_eval.py runs/byol/checkpoint.pt
 """
 
 import argparse
-import copy
 import math
 import sys
+from copy import deepcopy
 from glob import glob
 from pathlib import Path
 
@@ -72,9 +72,10 @@ def augment(images, solarize=0.0):
     jittered = x
     for change in torch.randperm(4).tolist():  # one order a batch; drawn on the CPU, no wait
         gray = TF.rgb_to_grayscale(jittered)  # (B, 1, S, S)
-        if change < 3:  # brightness to or from black, contrast mean gray, saturation gray
-            other = (0 * gray, gray.mean((2, 3), keepdim=True), gray)[change]
-            jittered = torch.lerp(other, jittered, draw(0.6, 1.4)).clamp(0, 1)  # 1: unchanged
+        black, mean = 0 * gray, gray.mean((2, 3), keepdim=True)
+        if change < 3:  # toward the other image (below 1) or away from it
+            other = (black, mean, gray)[change]  # for brightness, contrast, saturation
+            jittered = torch.lerp(other, jittered, draw(0.6, 1.4)).clamp(0, 1)
         else:
             jittered = rotate_hue(jittered, draw(-0.1, 0.1)[:, 0])
     x = torch.where(draw(0, 1) < 0.8, jittered, x)
@@ -131,8 +132,7 @@ class BYOL(nn.Module):
         self.backbone = backbone
         self.projector = mlp(backbone.inplanes, hidden, dim)
         self.predictor = mlp(dim, hidden, dim)
-        self.target = copy.deepcopy(nn.Sequential(self.backbone, self.projector))
-        self.target.requires_grad_(False)
+        self.target = deepcopy(nn.Sequential(backbone, self.projector)).requires_grad_(False)
 
     def forward(self, x1, x2):
         """Two views (B, 3, S, S) -> the two losses' sum; p1 (B, dim), alike if collapsed."""
@@ -169,12 +169,12 @@ def list_images(args, split):
     files = sorted(glob("**/*", root_dir=args.data, recursive=True))  # not what is hidden
     files = [Path(file) for file in files if datasets.folder.is_image_file(file)]
     train = [file for file in files if file.parts[0] == "train"]
-    classes = sorted({file.parts[1] for file in train if len(file.parts) > 2})
-    if not classes:  # then no image has a label: those in train/, or all there are
-        files = train or files
-        return [(Path(args.data, file), -1) for file in files if split == "train"]
+    names = sorted({file.parts[1] for file in train if len(file.parts) > 2})
+    if not names:  # without classes: the images in train/, or all there are
+        unlabeled = [(Path(args.data, file), -1) for file in train or files]
+        return unlabeled if split == "train" else []
     files = [file for file in files if file.parts[0] == split and len(file.parts) > 2]
-    return [(Path(args.data, file), classes.index(file.parts[1])) for file in files]
+    return [(Path(args.data, file), names.index(file.parts[1])) for file in files]
 
 
 def load_split(args, split):
@@ -207,8 +207,7 @@ def compute_features(backbone, images, device):
 
 
 def knn_accuracy(bank, labels, queries, truth, k=200, temperature=0.1):
-    """Top-1 in %: the k nearest in the bank vote for a class. Wu et al. 2018, Sec. 3.4.
-    Features bank (N, D), queries (M, D); their classes labels (N,), truth (M,)."""
+    """Top-1 in %: the k nearest in the bank vote on the class. Wu et al. 2018, Sec. 3.4."""
     cosines = F.normalize(queries) @ F.normalize(bank).T  # (M, N)
     cosine, nearest = cosines.topk(min(k, len(bank)))  # (M, k)
     votes = torch.zeros(len(queries), int(labels.max()) + 1)  # (M, classes)
@@ -217,7 +216,7 @@ def knn_accuracy(bank, labels, queries, truth, k=200, temperature=0.1):
 
 
 def spread(p):
-    """0 if all of p (B, dim) point one way, 1 if all ways; SimSiam Fig. 2 x sqrt(dim)."""
+    """sqrt(dim) times SimSiam's Fig. 2: 0 if all p (B, dim) point one way, 1 if all ways."""
     return F.normalize(p.float()).std(0).mean().item() * p.shape[1] ** 0.5
 
 
@@ -248,7 +247,7 @@ def main(argv=None):
     saved = {"epoch": 0, "log": []}
     if args.resume and checkpoint.exists():
         saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        args = parse_args(argv, **saved["args"] | {"out": args.out})  # it may have moved
+        args = parse_args(argv, **{**saved["args"], "out": args.out})  # it may have moved
     if Path(args.out).exists() and not args.resume:
         sys.exit(f"{args.out} exists: go on with --resume, or choose another --out")
     gpu = args.device.startswith("cuda")
@@ -283,9 +282,8 @@ def main(argv=None):
         torch.manual_seed(10_000 * args.seed + epoch)  # so that a resumed run draws the same
         batches = torch.randperm(len(images)).to(images.device).split(args.batch_size)[:steps]
         total = torch.zeros((), device=args.device)
-        for step, rows in enumerate(batches):
-            progress = (epoch - 1 + (step + 0.5) / steps) / args.epochs  # 0 to 1
-            anneal = (1 + math.cos(math.pi * progress)) / 2  # 1 to 0
+        for step, rows in enumerate(batches, start=(epoch - 1) * steps):
+            anneal = (1 + math.cos(math.pi * (step + 0.5) / (args.epochs * steps))) / 2  # 1 to 0
             lr = args.lr * args.batch_size / 256 * anneal
             optimizer.param_groups[0].update(lr=lr, weight_decay=args.weight_decay)
             loss, watched = train_step(network, optimizer, images[rows].to(args.device), args.bf16)
@@ -293,7 +291,8 @@ def main(argv=None):
             total += loss  # not .item(): the host would wait for the GPU
 
         # Report
-        loss, meter = total.item() / steps, spread(watched)
+        loss = total.item() / steps
+        meter = spread(watched)
         assert math.isfinite(loss), "the loss is not finite: lower --lr"
         measure = epoch % math.ceil(args.epochs / 10) == 0 or epoch == args.epochs
         knn = ""
@@ -309,8 +308,9 @@ def main(argv=None):
         # Save
         if measure:
             saved |= {"epoch": epoch, "args": {"method": "BYOL", **vars(args)}}
-            parts = {"backbone": network.backbone, "network": network, "optimizer": optimizer}
-            saved |= {name: part.state_dict() for name, part in parts.items()}
+            saved["backbone"] = network.backbone.state_dict()
+            saved["network"] = network.state_dict()
+            saved["optimizer"] = optimizer.state_dict()
             torch.save(saved, checkpoint.with_suffix(".tmp"))
             checkpoint.with_suffix(".tmp").replace(checkpoint)  # a killed run leaves no half
 

@@ -9,9 +9,9 @@
         update both networks by the gradient of L
 
 Collapse, one z for all images, is ruled out: L pushes the views of different images apart.
-Differs from the paper (App. B.9, CIFAR-10): ResNet-18, 100 epochs instead of 1000, SGD with weight
-decay 5e-4 and no warm-up instead of LARS with 1e-6, a projector 1024 wide and (unlike the authors'
-code) without BatchNorm, crops from 0.2 of the area instead of 0.08.
+Differs from the paper (App. B.9, CIFAR-10): ResNet-18, 100 epochs instead of 1000, SGD with
+weight decay 5e-4 and no warm-up instead of LARS with 1e-6, a projector 1024 wide and without
+the BatchNorm of the authors' code, crops from 0.2 of the area instead of 0.08.
 
     python simclr.py && python linear_eval.py runs/simclr/checkpoint.pt
 """
@@ -71,9 +71,10 @@ def augment(images):
     jittered = x
     for change in torch.randperm(4).tolist():  # one order a batch; drawn on the CPU, no wait
         gray = TF.rgb_to_grayscale(jittered)  # (B, 1, S, S)
-        if change < 3:  # brightness to or from black, contrast mean gray, saturation gray
-            other = (0 * gray, gray.mean((2, 3), keepdim=True), gray)[change]
-            jittered = torch.lerp(other, jittered, draw(0.6, 1.4)).clamp(0, 1)  # 1: unchanged
+        black, mean = 0 * gray, gray.mean((2, 3), keepdim=True)
+        if change < 3:  # toward the other image (below 1) or away from it
+            other = (black, mean, gray)[change]  # for brightness, contrast, saturation
+            jittered = torch.lerp(other, jittered, draw(0.6, 1.4)).clamp(0, 1)
         else:
             jittered = rotate_hue(jittered, draw(-0.1, 0.1)[:, 0])
     x = torch.where(draw(0, 1) < 0.8, jittered, x)
@@ -114,7 +115,7 @@ def nt_xent(z1, z2, temperature):
         logits = z @ z.T / temperature  # (2B, 2B) cosine similarities over tau
     logits.fill_diagonal_(-torch.inf)  # a view is no candidate for itself: k != i
     rows = torch.arange(len(z), device=z.device)
-    return F.cross_entropy(logits, rows.roll(len(z1)))  # the label: the other view's row
+    return F.cross_entropy(logits, (rows + len(z1)) % len(z))  # label: the other view's row
 
 
 class SimCLR(nn.Module):
@@ -156,12 +157,12 @@ def list_images(args, split):
     files = sorted(glob("**/*", root_dir=args.data, recursive=True))  # not what is hidden
     files = [Path(file) for file in files if datasets.folder.is_image_file(file)]
     train = [file for file in files if file.parts[0] == "train"]
-    classes = sorted({file.parts[1] for file in train if len(file.parts) > 2})
-    if not classes:  # then no image has a label: those in train/, or all there are
-        files = train or files
-        return [(Path(args.data, file), -1) for file in files if split == "train"]
+    names = sorted({file.parts[1] for file in train if len(file.parts) > 2})
+    if not names:  # without classes: the images in train/, or all there are
+        unlabeled = [(Path(args.data, file), -1) for file in train or files]
+        return unlabeled if split == "train" else []
     files = [file for file in files if file.parts[0] == split and len(file.parts) > 2]
-    return [(Path(args.data, file), classes.index(file.parts[1])) for file in files]
+    return [(Path(args.data, file), names.index(file.parts[1])) for file in files]
 
 
 def load_split(args, split):
@@ -194,8 +195,7 @@ def compute_features(backbone, images, device):
 
 
 def knn_accuracy(bank, labels, queries, truth, k=200, temperature=0.1):
-    """Top-1 in %: the k nearest in the bank vote for a class. Wu et al. 2018, Sec. 3.4.
-    Features bank (N, D), queries (M, D); their classes labels (N,), truth (M,)."""
+    """Top-1 in %: the k nearest in the bank vote on the class. Wu et al. 2018, Sec. 3.4."""
     cosines = F.normalize(queries) @ F.normalize(bank).T  # (M, N)
     cosine, nearest = cosines.topk(min(k, len(bank)))  # (M, k)
     votes = torch.zeros(len(queries), int(labels.max()) + 1)  # (M, classes)
@@ -204,7 +204,7 @@ def knn_accuracy(bank, labels, queries, truth, k=200, temperature=0.1):
 
 
 def spread(p):
-    """0 if all of p (B, dim) point one way, 1 if all ways; SimSiam Fig. 2 x sqrt(dim)."""
+    """sqrt(dim) times SimSiam's Fig. 2: 0 if all p (B, dim) point one way, 1 if all ways."""
     return F.normalize(p.float()).std(0).mean().item() * p.shape[1] ** 0.5
 
 
@@ -235,7 +235,7 @@ def main(argv=None):
     saved = {"epoch": 0, "log": []}
     if args.resume and checkpoint.exists():
         saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        args = parse_args(argv, **saved["args"] | {"out": args.out})  # it may have moved
+        args = parse_args(argv, **{**saved["args"], "out": args.out})  # it may have moved
     if Path(args.out).exists() and not args.resume:
         sys.exit(f"{args.out} exists: go on with --resume, or choose another --out")
     gpu = args.device.startswith("cuda")
@@ -270,16 +270,16 @@ def main(argv=None):
         torch.manual_seed(10_000 * args.seed + epoch)  # so that a resumed run draws the same
         batches = torch.randperm(len(images)).to(images.device).split(args.batch_size)[:steps]
         total = torch.zeros((), device=args.device)
-        for step, rows in enumerate(batches):
-            progress = (epoch - 1 + (step + 0.5) / steps) / args.epochs  # 0 to 1
-            anneal = (1 + math.cos(math.pi * progress)) / 2  # 1 to 0
+        for step, rows in enumerate(batches, start=(epoch - 1) * steps):
+            anneal = (1 + math.cos(math.pi * (step + 0.5) / (args.epochs * steps))) / 2  # 1 to 0
             lr = args.lr * args.batch_size / 256 * anneal
             optimizer.param_groups[0].update(lr=lr, weight_decay=args.weight_decay)
             loss, watched = train_step(network, optimizer, images[rows].to(args.device), args.bf16)
             total += loss  # not .item(): the host would wait for the GPU
 
         # Report
-        loss, meter = total.item() / steps, spread(watched)
+        loss = total.item() / steps
+        meter = spread(watched)
         assert math.isfinite(loss), "the loss is not finite: lower --lr"
         measure = epoch % math.ceil(args.epochs / 10) == 0 or epoch == args.epochs
         knn = ""
@@ -295,8 +295,9 @@ def main(argv=None):
         # Save
         if measure:
             saved |= {"epoch": epoch, "args": {"method": "SimCLR", **vars(args)}}
-            parts = {"backbone": network.backbone, "network": network, "optimizer": optimizer}
-            saved |= {name: part.state_dict() for name, part in parts.items()}
+            saved["backbone"] = network.backbone.state_dict()
+            saved["network"] = network.state_dict()
+            saved["optimizer"] = optimizer.state_dict()
             torch.save(saved, checkpoint.with_suffix(".tmp"))
             checkpoint.with_suffix(".tmp").replace(checkpoint)  # a killed run leaves no half
 

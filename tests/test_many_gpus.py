@@ -118,7 +118,10 @@ def torchrun(patched, *command, processes=2):
 
 
 def finish(process):
-    out, err = process.communicate(timeout=200)
+    try:
+        out, err = process.communicate(timeout=100)
+    finally:
+        process.terminate()  # its processes wait for each other, if it has not ended
     assert process.returncode == 0, err
     return out
 

@@ -135,18 +135,18 @@ def test_a_loss_that_is_not_finite_stops_the_run(script, quick, tmp_path, monkey
 
 def test_a_second_run_into_the_same_folder_is_refused(script, quick, tmp_path, monkeypatch):
     """Also while the first one is in its first epoch, with nothing saved."""
-    out, augment, refused = tmp_path / "run", script.augment, []
+    out, augment, tried = tmp_path / "run", script.augment, []
 
     def second(x, *_, **__):
-        if not refused:
+        if not tried:
+            tried.append(True)
             with pytest.raises(SystemExit, match=f"{out} exists: go on with --resume, or .* --out"):
                 quick("--out", out)
-            refused.append(True)
         return augment(x)
 
     monkeypatch.setattr(script, "augment", second)
     quick("--out", out)
-    assert refused
+    assert tried
     assert epochs(out) == [1]
 
 
@@ -170,19 +170,20 @@ def test_a_folder_that_cannot_be_written_shows_before_the_training(script, quick
         quick("--out", tmp_path / "file" / "run")
 
 
-def test_resume_keeps_the_flags_of_the_run(script, quick, folder, tmp_path):
-    """Those not given; --out is where it lies now, also after a move."""
-    quick("--out", tmp_path / "run", "--epochs", 2, "--batch-size", 24, "--lr", 0.25, "--seed", 3)
-    (tmp_path / "run").rename(tmp_path / "moved")
-    script.main(["--out", str(tmp_path / "moved"), "--resume", "--epochs", "3"])
+def test_resume_keeps_the_flags_of_the_run(script, quick, folder, tmp_path, monkeypatch):
+    """Those not given. --out alone is where the checkpoint lies now, also after a move."""
+    monkeypatch.chdir(tmp_path)
+    quick("--out", "run", "--epochs", 2, "--batch-size", 24, "--lr", 0.25, "--seed", 3)
+    out = tmp_path / "runs" / script.__name__  # the default
+    out.parent.mkdir()
+    (tmp_path / "run").rename(out)
+    script.main(["--resume", "--epochs", "3"])
     assert not (tmp_path / "run").exists()
-    saved = torch.load(tmp_path / "moved" / "checkpoint.pt", weights_only=True)
-    args = saved["args"]
+    args = torch.load(out / "checkpoint.pt", weights_only=True)["args"]
     assert (args["batch_size"], args["lr"], args["seed"], args["size"]) == (24, 0.25, 3, 8)
     assert (args["data"], args["epochs"]) == (str(folder), 3)
-    assert args["out"] == str(tmp_path / "moved")
     assert args["method"] == METHODS[script.__name__]
-    assert epochs(tmp_path / "moved") == [1, 2, 3]
+    assert epochs(out) == [1, 2, 3]
 
 
 def test_resume_takes_the_flags_that_are_given(quick, folder, tmp_path):
