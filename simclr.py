@@ -56,8 +56,8 @@ def rotate_hue(x, turns):
     # RGB to hue, in sixths of the circle (red at 0, green at 2, blue at 4), and back
     hue = torch.where(value == g, 2 + (b - r) / unit, 4 + (r - g) / unit)
     hue = torch.where(value == r, (g - b) / unit, hue) + 6 * turns
-    k = [(n + hue) % 6 for n in (5, 3, 1)]  # r, g, b fall at 0-1, rise at 3-4: min(k, 4 - k)
-    return torch.stack([value - chroma * torch.minimum(i, 4 - i).clamp(0, 1) for i in k], 1)
+    ks = [(n + hue) % 6 for n in (5, 3, 1)]  # r, g, b fall at 0-1, rise at 3-4: min(k, 4 - k)
+    return torch.stack([value - chroma * torch.minimum(k, 4 - k).clamp(0, 1) for k in ks], 1)
 
 
 def augment(images):
@@ -69,7 +69,7 @@ def augment(images):
     x = random_resized_crop(images / 255)
     x = torch.where(draw(0, 1) < 0.5, x.flip(3), x)
     jittered = x
-    for change in torch.randperm(4).tolist():  # one order a batch; drawn on the CPU, no wait
+    for change in torch.randperm(4).tolist():  # one order a call; drawn on the CPU: no wait
         gray = TF.rgb_to_grayscale(jittered)  # (B, 1, S, S)
         black, mean = 0 * gray, gray.mean((2, 3), keepdim=True)
         if change < 3:  # toward the other image (below 1) or away from it
@@ -80,7 +80,7 @@ def augment(images):
     x = torch.where(draw(0, 1) < 0.8, jittered, x)
     x = torch.where(draw(0, 1) < 0.2, TF.rgb_to_grayscale(x), x)
     if x.shape[-1] > 64:  # smaller images stay sharp; kernel: a tenth of the side
-        sigma = torch.empty(1).uniform_(0.1, 2).item()  # one for the batch
+        sigma = torch.empty(1).uniform_(0.1, 2).item()  # one a call
         blurred = TF.gaussian_blur(x, x.shape[-1] // 20 * 2 + 1, sigma)
         x = torch.where(draw(0, 1) < 0.5, blurred, x)
     return x
@@ -150,19 +150,19 @@ def train_step(network, optimizer, x, bf16):
 
 # ------------------------------------------------------------------ 4. Data
 def list_images(args, split):
-    """[(picture or path, label)] of "train" or "test"; a label of -1 is none."""
+    """[(picture or path, label)] of "train" or "test"; label -1: none."""
     if args.data in ("cifar10", "cifar100"):
         dataset = getattr(datasets, args.data.upper())
         return dataset("data", train=split == "train", download=True)
-    files = sorted(glob("**/*", root_dir=args.data, recursive=True))  # not what is hidden
+    files = sorted(glob("**/*", root_dir=args.data, recursive=True))  # skips hidden files
     files = [Path(file) for file in files if datasets.folder.is_image_file(file)]
     train = [file for file in files if file.parts[0] == "train"]
     names = sorted({file.parts[1] for file in train if len(file.parts) > 2})
     if not names:  # without classes: the images in train/, or all there are
         unlabeled = [(Path(args.data, file), -1) for file in train or files]
         return unlabeled if split == "train" else []
-    files = [file for file in files if file.parts[0] == split and len(file.parts) > 2]
-    return [(Path(args.data, file), names.index(file.parts[1])) for file in files]
+    labeled = [file for file in files if file.parts[0] == split and len(file.parts) > 2]
+    return [(Path(args.data, file), names.index(file.parts[1])) for file in labeled]
 
 
 def load_split(args, split):
@@ -172,15 +172,15 @@ def load_split(args, split):
     images = torch.empty(len(order), 3, args.size, args.size, dtype=torch.uint8)
     labels = torch.empty(len(order), dtype=torch.int64)
     for row, i in enumerate(order.tolist()):
-        picture, labels[row] = listed[i]
+        source, labels[row] = listed[i]
         try:
-            picture = Image.open(picture) if isinstance(picture, Path) else picture
+            picture = Image.open(source) if isinstance(source, Path) else source
             assert not picture.mode.startswith(("I", "F")), "more than 8 bits a channel"
             picture = ImageOps.exif_transpose(picture).convert("RGB")  # upright
             picture = TF.center_crop(TF.resize(picture, args.size), args.size)
             images[row] = TF.pil_to_tensor(picture)
         except Exception as error:
-            sys.exit(f"cannot read {listed[i][0]}: {error}")
+            sys.exit(f"cannot read {source}: {error}")
     return images, labels
 
 
@@ -196,8 +196,8 @@ def compute_features(backbone, images, device):
 
 def knn_accuracy(bank, labels, queries, truth, k=200, temperature=0.1):
     """Top-1 in %: the k nearest in the bank vote on the class. Wu et al. 2018, Sec. 3.4."""
-    cosines = F.normalize(queries) @ F.normalize(bank).T  # (M, N)
-    cosine, nearest = cosines.topk(min(k, len(bank)))  # (M, k)
+    similarity = F.normalize(queries) @ F.normalize(bank).T  # (M, N)
+    cosine, nearest = similarity.topk(min(k, len(bank)))  # (M, k)
     votes = torch.zeros(len(queries), int(labels.max()) + 1)  # (M, classes)
     votes.scatter_add_(1, labels[nearest.cpu()], (cosine.cpu() / temperature).exp())
     return 100 * (votes.argmax(1) == truth).float().mean().item()
@@ -212,11 +212,11 @@ def spread(p):
 def parse_args(argv=None, **defaults):
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
-    add("--data", default="cifar10", help="cifar10, cifar100, a folder: train/NAME/, test/NAME/")
+    add("--data", default="cifar10", help="cifar10, cifar100, a folder: train/NAME/, or unlabeled")
     add("--size", type=int, default=32, help="side of the images in pixels")
     add("--subset", type=int, help="take that many images of each split, always the same")
     add("--arch", default="resnet18", choices=["resnet18", "resnet34", "resnet50"])
-    add("--epochs", type=int, default=100, help="passes; it sets the cosine of the lr, too")
+    add("--epochs", type=int, default=100, help="passes; the lr falls to 0 by the last")
     add("--batch-size", type=int, default=512, help="images a step, each in two views")
     add("--lr", type=float, default=0.06, help="learning rate per 256 images of the batch")
     add("--weight-decay", type=float, default=5e-4, help="L2 penalty")
@@ -226,7 +226,7 @@ def parse_args(argv=None, **defaults):
     add("--out", default=f"runs/{Path(__file__).stem}", help="folder of the run")
     add("--resume", action="store_true", help="go on from --out, by its flags unless given")
     add("--temperature", type=float, default=0.5, help="tau of Eq. (1), divides the cosines")
-    return parser.parse_args(argv, argparse.Namespace(**defaults))  # argv before defaults
+    return parser.parse_args(argv, argparse.Namespace(**defaults))  # what argv gives wins
 
 
 def main(argv=None):
@@ -235,7 +235,7 @@ def main(argv=None):
     saved = {"epoch": 0, "log": []}
     if args.resume and checkpoint.exists():
         saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        args = parse_args(argv, **{**saved["args"], "out": args.out})  # it may have moved
+        args = parse_args(argv, **{**saved["args"], "out": args.out})
     if Path(args.out).exists() and not args.resume:
         sys.exit(f"{args.out} exists: go on with --resume, or choose another --out")
     gpu = args.device.startswith("cuda")
@@ -246,7 +246,7 @@ def main(argv=None):
     images, labels = load_split(args, "train")
     test_images, test_labels = load_split(args, "test")
     classes = len(labels[labels >= 0].unique())
-    steps = len(images) // args.batch_size
+    steps = len(images) // args.batch_size  # of full batches
     if steps == 0:
         sys.exit(f"--data {args.data}: {len(images)} images, less than one --batch-size")
     if gpu and images.nbytes < torch.cuda.mem_get_info(args.device)[0] / 2:

@@ -210,7 +210,7 @@ def test_the_gradient_of_simclr_is_that_of_one_process(two_ranks):
 def test_a_batch_that_cannot_be_shared_is_refused(patched, folder, tmp_path, monkeypatch):
     namespace = runpy.run_path(str(patched / "simclr.py"))
     fake = SimpleNamespace(
-        init_process_group=lambda **_: None,
+        init_process_group=lambda *_, **__: None,
         get_rank=lambda: 0,
         get_world_size=lambda: 2,
         broadcast_object_list=lambda _: None,
