@@ -56,8 +56,8 @@ def rotate_hue(x, turns):
     # RGB to hue, in sixths of the circle (red at 0, green at 2, blue at 4), and back
     hue = torch.where(value == g, 2 + (b - r) / unit, 4 + (r - g) / unit)
     hue = torch.where(value == r, (g - b) / unit, hue) + 6 * turns
-    ks = [(n + hue) % 6 for n in (5, 3, 1)]  # r, g, b fall at 0-1, rise at 3-4: min(k, 4 - k)
-    return torch.stack([value - chroma * torch.minimum(k, 4 - k).clamp(0, 1) for k in ks], 1)
+    k = torch.stack([5 + hue, 3 + hue, 1 + hue], 1) % 6  # r, g, b fall at 0-1, rise at 3-4
+    return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
 
 
 def augment(images):
@@ -204,7 +204,7 @@ def knn_accuracy(bank, labels, queries, truth, k=200, temperature=0.1):
 
 
 def spread(p):
-    """sqrt(dim) times SimSiam's Fig. 2: 0 if all p (B, dim) point one way, 1 if all ways."""
+    """As SimSiam's Fig. 2, times sqrt(dim): 0 if all p (B, dim) point one way, 1 if all ways."""
     return F.normalize(p.float()).std(0).mean().item() * p.shape[1] ** 0.5
 
 
