@@ -1,301 +1,320 @@
 """Linear evaluation: how good are the features of a frozen backbone? One linear layer tells.
 
-    python linear_eval.py runs/simsiam/checkpoint.pt           # what a script here has saved
+    python linear_eval.py runs/simsiam/checkpoint.pt     # what a script here has saved
     python linear_eval.py resnet50.pth --data FOLDER --size 224
-    python linear_eval.py                                      # an untrained ResNet-18: the floor
+    python linear_eval.py                                # an untrained ResNet-18: the floor
 
-On unaugmented images; the papers' augmented ones: -0.6 to +0.5 points in dkobak/simclr-cifar10.
+A file may hold anything beside the network, which is found by the shapes of its tensors and the
+last parts of their names, in order. The rest is assumed: mean and std of the pixels (else --mean,
+--std), a max-pool after a 7x7 stem and none after a 3x3 one, whose stride and padding are 1 (else
+--max-pool), and as in torchvision BatchNorm's eps, where blocks stride, that nothing is blurred.
 """
 
 import argparse
-import os
-import re
+import sys
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from glob import glob
-from multiprocessing.pool import ThreadPool
+from itertools import product
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 import torchvision.transforms.v2.functional as TF
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import nn
-from torchvision import datasets, models, utils
+from torchvision import datasets, models
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels
-BUILT_IN = {"cifar10": 32, "cifar100": 32, "stl10": 96}  # data sets and the side of their images
 
 # ------------------------------------------------------------------ 1. Checkpoint
 class StandIn:
-    """In place of a class or function that torch refuses: none of it is imported or run."""
+    """In the place of an object in a file, none of whose code is imported or run."""
+
     def __init__(self, *args): ...
-    __setstate__ = __init__
+
+    def __setstate__(self, state): ...
+
 
 def read(path):
-    """What torch.save wrote, StandIns for what torch refuses. Raises OSError, ValueError."""
-    names = []
-    while True:
-        try:
-            with torch.serialization.safe_globals([(StandIn, name) for name in names]):
-                return torch.load(path, map_location="cpu", weights_only=True)
-        except OSError:
-            raise
-        except Exception as error:  # names the next one, unless that could do harm
-            why = str(error).rpartition("error: ")[2].strip().split("\n")[0]
-            name = re.search(r"GLOBAL (\S+) was not an allowed global", why)
-            if not name or name[1] in names:
-                raise ValueError(f"{path}: {why}; torch.save its state_dict alone") from error
-            names += [name[1], f"builtins.{name[1]}"]  # which torch leaves out of a name
+    """What torch.save wrote, with a StandIn for each object that torch does not trust. Exits with
+    a sentence if torch cannot open the file in its safe way."""
+    if Path(path).stat().st_size < 2**20:
+        sys.exit(f"{path} is smaller than any ResNet: is it a pointer, or a web page?")
+    unsafe = []
+    try:
+        if zipfile.is_zipfile(path):  # files from before torch 1.6 do not tell
+            unsafe = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+        with torch.serialization.safe_globals([(StandIn, name) for name in unsafe]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # its reason, without torch's advice to open the file unsafely
+        lines = str(error).split("\n\nCheck the documentation")[0].strip().split("\n")
+        reason = lines[-1].strip().split(". ")[0]
+        sys.exit(f"{path} does not open: {reason}; unsafe: {unsafe}. Save a state_dict() alone")
 
-def flatten(tree, place=""):
-    """Nested dictionaries -> [("module.conv1.weight", tensor)] in order, without counters."""
-    for name, value in tree.items() if isinstance(tree, dict) else ():
-        if isinstance(value, torch.Tensor) and value.numel() > 1:
-            yield f"{place}{name}", value
-        yield from flatten(value, f"{place}{name}.")
 
-def signature(tensors):
-    """Shapes, and ends of names (a bias is as large as its weight); a 3x3 stem as a 7x7."""
-    ends = [(tuple(t.shape), name.split(".")[-1]) for name, t in tensors]
-    return [((64, 3, 7, 7), "weight") if end[0] == (64, 3, 3, 3) else end for end in ends]
+def find_tensors(tree, place=""):
+    """[("state_dict.module.conv1.weight", tensor), ...] of nested dictionaries and lists, in
+    order, without single numbers, which count batches."""
+    if isinstance(tree, torch.Tensor):
+        return [(place, tree)] if tree.numel() > 1 else []
+    if isinstance(tree, (list, tuple)):
+        tree = dict(enumerate(tree))
+    tensors = []
+    if isinstance(tree, dict):
+        for name, branch in tree.items():
+            tensors += find_tensors(branch, f"{place}.{name}".removeprefix("."))
+    return tensors
+
 
 def find_backbones(tensors):
-    """torchvision's ResNets in [(name, tensor)], by shapes and ends of names, in order:
-    {"module.encoder_q": (arch, state_dict)}; and of the closest the first misfit."""
-    with torch.device("meta"):  # shapes alone, of all in half a second
-        known = {a: build_backbone(a, False) for a in models.list_models(models, "*resne*")}
-    known = {arch: list(flatten(network.state_dict())) for arch, network in known.items()}
-    found, closest = {}, (-1, ("no convolution", torch.empty(0)))
-    for i in [i for i, (_, t) in enumerate(tensors) if t.ndim == 4]:
-        place = tensors[i][0].removesuffix("conv1.weight")
-        own = re.compile(re.escape(place) + "(conv1|bn1|layer)")
-        inside = {n for n, _ in tensors if own.match(n)}
-        for arch, usual in known.items():
-            part = tensors[i : i + len(usual)]
-            if inside == {place + n for n, _ in usual}:  # its own names, in any order
-                part = [(place + n, dict(tensors)[place + n]) for n, _ in usual]
-            same = len(os.path.commonprefix([signature(part), signature(usual)]))
-            rest = part[same:]
-            if same == len(usual):
-                where, _, _ = os.path.commonprefix([n for n, _ in part]).rpartition(".")
-                near = [x for x in tensors if x[0].startswith(where and where + ".")]
-                rest = [x for x in near if x[1].ndim == 4 and x[0] not in dict(part)]
-                if not rest:  # else it goes on: another convolution is at this place
-                    found[where or "top"] = arch, {n: x[1] for (n, _), x in zip(usual, part)}
-            closest = max(closest, (same, (rest or tensors[-1:])[0]), key=lambda c: c[0])
-    return found, closest[1]
+    """torchvision's ResNets in [(name, tensor), ...]: where tensors of its shapes and last parts of
+    names stand in its order, and no further block after them. By the first one's name:
+    {"module.conv1.weight": (arch, names of the tensors, state_dict)}."""
+    saved = [(name.split(".")[-1], tensor.shape) for name, tensor in tensors]
+    found = {}
+    for arch, small_stem in product(models.list_models(models, "*resne*"), (False, True)):
+        with torch.device("meta"):  # shapes alone
+            own = find_tensors(build_backbone(arch, small_stem, max_pool=True).state_dict())
+        wanted = [(name.split(".")[-1], tensor.shape) for name, tensor in own]
+        for start in range(len(tensors) - len(own) + 1):
+            end = start + len(own)
+            names = [name for name, _ in tensors[start:end]]
+            stage = names[-1].rsplit(".", 3)[0]  # "layer4" of "layer4.1.bn2.running_var"
+            goes_on = end < len(tensors) and tensors[end][0].startswith(f"{stage}.")
+            if saved[start:end] == wanted and not goes_on:
+                state = {own[i][0]: tensors[start + i][1] for i in range(len(own))}
+                found[names[0]] = arch, names, state
+    return found
 
-def build_backbone(arch, small_stem, max_pool=None):
+
+def rank(place):
+    """Of several networks the first by this is taken: no copy of another, the least nested."""
+    words = place.lower().replace("_", ".").split(".")
+    copies = ["momentum", "target", "teacher", "key", "k", "m", "ema", "swa", "avg", "loss", "init"]
+    return any(word in copies for word in words), place.count(".")
+
+
+def modules_before_layer1(names):
+    """Modules between bn1 and layer1, if the numbers of an nn.Sequential tell: 2 (ReLU and
+    max-pool) by "0.weight", "1.weight", ..., "4.0.conv1.weight". Else None."""
+    bn1 = names[1].split(".")  # e.g. ["features", "1", "weight"]
+    layer1 = names[5].split(".")  # e.g. ["features", "4", "0", "conv1", "weight"]
+    at = len(bn1) - 2  # where the number of bn1 is
+    if bn1[:at] == layer1[:at] and bn1[at].isdigit() and layer1[at].isdigit():
+        return int(layer1[at]) - int(bn1[at]) - 1
+    return None
+
+
+def build_backbone(arch, small_stem, max_pool):
     """torchvision's ResNet without its classifier: (B, 3, S, S) -> (B, 512 or 2048)."""
     backbone = models.get_model(arch, zero_init_residual=True)
     backbone.fc = nn.Identity()
-    if small_stem:  # that keeps the resolution, SimCLR App. B.9
+    if small_stem:  # it keeps the resolution, SimCLR App. B.9
         backbone.conv1 = nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)
-    if small_stem if max_pool is None else not max_pool:
+    if not max_pool:
         backbone.maxpool = nn.Identity()
     return backbone
 
-def load_backbone(path, prefix=None, max_pool=None):
-    """Any saved ResNet of torchvision's, and the arguments of a script here or {}; prints
-    what it takes. A 3x3 stem means stride 1. Raises OSError, ValueError."""
+
+def load_backbone(path, prefix="", max_pool=None):
+    """The network in a file, with --prefix the one whose names begin so, and the arguments of the
+    training if a script here has saved it, else {}. Prints what it takes, or exits."""
     saved = read(path)
-    networks, (name, t) = find_backbones(list(flatten(saved)))
-    if not networks:
-        raise ValueError(f"{path} is no torchvision ResNet: see {name} {[*t.shape]}")
-    if prefix not in (None, *networks):
-        raise ValueError(f"--prefix {prefix}: {path} has {', '.join(networks)}")
-    copy = re.compile(r"(?i)mom|target|teacher|key|avg|swa|(^|[._])(ema|k|m|init)([._]|$)")
-    place = prefix or min(networks, key=lambda n: (bool(copy.search(n)), n.count(".")))
-    arch, state = networks[place]
+    tensors = find_tensors(saved)
+    found = find_backbones(tensors)
+    if not found:
+        way_out = "if one was saved whole or as NumPy arrays, save its state_dict() instead"
+        sys.exit(f"{path}: no torchvision ResNet, in order, in {len(tensors)} tensors; {way_out}")
+    places = [place for place in found if place.startswith(prefix)]
+    if not places:
+        sys.exit(f"--prefix {prefix}: {path} has {', '.join(found)}")
+    place = min(places, key=rank)
+    arch, names, state = found[place]
+    if not all(tensor.isfinite().all() for tensor in state.values()):
+        sys.exit(f"{path}: not all the numbers from {place} on are finite")
+
     kernel = state["conv1.weight"].shape[2]
+    between = modules_before_layer1(names)
+    if max_pool is None:
+        max_pool = kernel == 7 and between not in (0, 1)
     backbone = build_backbone(arch, kernel == 3, max_pool)
     backbone.load_state_dict(state)
-    pool = "without" if isinstance(backbone.maxpool, nn.Identity) else "with"
-    print(f"{arch} from {place}, {kernel}x{kernel} stem {pool} max-pool")
-    args = saved["args"] if isinstance(saved.get("args"), dict) else {}
-    return backbone, args if args.get("method") in ("SimSiam", "BYOL", "SimCLR") else {}
+    if between == 0:
+        backbone.relu = nn.Identity()
+    print(f"{arch}: {place} and on, run with ReLU {between != 0}, max-pool {max_pool}")
+    if len(found) > 1:
+        print(f"--prefix would choose among {', '.join(found)}")
+    if isinstance(saved, dict) and {"backbone", "network", "log", "args"}.issubset(saved):
+        return backbone, saved["args"]
+    return backbone, {}
+
 
 # ------------------------------------------------------------------ 2. Data
-def load_splits(args):
-    """{"train": items, "test": items}, or without labels {"all": items}, in random order. An item
-    is (picture or its path, label or -1). Raises OSError, ValueError."""
-    if args.data in BUILT_IN:
-        dataset, stl10 = getattr(datasets, args.data.upper()), args.data == "stl10"
-        parts = {"train": "train" if stl10 else True, "test": "test" if stl10 else False}
-        splits = {s: dataset(args.data_dir, part, download=True) for s, part in parts.items()}
-    else:  # a folder, of which glob passes over what is hidden; a class is train/NAME/
-        kinds = Image.registered_extensions()
-        files = [Path(f) for f in sorted(glob("**/*.*", root_dir=args.data, recursive=True))]
-        files = [f for f in files if "image/" in Image.MIME.get(kinds.get(f.suffix.lower()), "")]
-        deep = [f for f in files if f.parts[2:]]
-        sets = {s: [f for f in deep if f.parts[0] == s] for s in ("train", "test", "val")}
-        names = {s: {f.parts[1:2] for f in sets[s]} for s in sets}
-        tests = [s for s in ("test", "val") if set() < names[s] <= names["train"]]
-        if names["train"] and not tests:
-            more = sorted(name[0] for name in (names["test"] | names["val"]) - names["train"])
-            raise ValueError(f"--data {args.data}: no test/ or val/; or not in train/: {more}")
-        alone = [f for f in files if f.parts[0] == "train"] or files
-        splits = {"train": sets["train"], "test": sets[tests[0]]} if tests else {"all": alone}
-        number = {name: i for i, name in enumerate(sorted(names["train"]))}
-        for s, files in splits.items():
-            splits[s] = [(Path(args.data, f), number.get(f.parts[1:2], -1)) for f in files]
-    for s, items in splits.items():
-        order = torch.randperm(len(items), generator=torch.Generator().manual_seed(0))
-        splits[s] = torch.utils.data.Subset(items, order[: args.subset].tolist())
-        if len(splits[s]) < 2:
-            raise ValueError(f"--data {args.data}: {len(splits[s])} images, too few")
-    return splits
+def list_images(args, split):
+    """[(picture or path, label)] of "train" or "test"; label -1: none."""
+    if args.data in ("cifar10", "cifar100"):
+        dataset = getattr(datasets, args.data.upper())
+        return dataset("data", train=split == "train", download=True)
+    files = sorted(glob("**/*", root_dir=args.data, recursive=True))  # skips hidden files
+    files = [Path(file) for file in files if datasets.folder.is_image_file(file)]
+    train = [file for file in files if file.parts[0] == "train"]
+    names = sorted({file.parts[1] for file in train if len(file.parts) > 2})
+    if not names:  # without classes: the images in train/, or all there are
+        unlabeled = [(Path(args.data, file), -1) for file in train or files]
+        return unlabeled if split == "train" else []
+    labeled = [file for file in files if file.parts[0] == split and len(file.parts) > 2]
+    return [(Path(args.data, file), names.index(file.parts[1])) for file in labeled]
 
-def decode(items, args):
-    """Items of a split, a few -> (N, 3, S, S) uint8. Raises ValueError."""
-    side = args.size if args.size <= 64 or args.data in BUILT_IN else round(args.size * 8 / 7)
 
-    def pixels(picture):  # or its path
-        try:
-            x = Image.open(picture) if isinstance(picture, Path) else picture
-            assert x.mode == "I;16" or x.mode[0] not in "IF", f"{x.mode} has more than 8 bits"
-            x = (x.point(lambda value: value / 256) if x.mode == "I;16" else x).convert("RGB")
-            return TF.pil_to_tensor(TF.center_crop(TF.resize(x, side), args.size))
-        except Exception as error:
-            raise ValueError(f"cannot read {picture}: {error}") from error
+def load_picture(source, size):
+    """A picture or its path -> (3, size, size) uint8; above 64 px the center of one 8/7 as large,
+    as usual for ImageNet (224 of 256)."""
+    side = round(size * 8 / 7) if size > 64 else size
+    try:
+        picture = Image.open(source) if isinstance(source, Path) else source
+        assert not picture.mode.startswith(("I", "F")), "more than 8 bits a channel"
+        picture = ImageOps.exif_transpose(picture).convert("RGB")  # upright
+        return TF.pil_to_tensor(TF.center_crop(TF.resize(picture, side), size))
+    except Exception as error:
+        sys.exit(f"cannot read {source}: {error}")
 
-    with ThreadPool(torch.get_num_threads()) as pool:
-        return torch.stack(pool.map(pixels, [picture for picture, _ in items]))
 
-# ------------------------------------------------------------------ 3. Features and neighbors
+# ------------------------------------------------------------------ 3. Features
 @torch.no_grad()
-def extract_features(backbone, items, args):
-    """The frozen backbone on the images as they are, 100 of them at a time: (N, D) float32."""
+def extract_features(backbone, args, split):
+    """Of a split's images, always in the same random order and not augmented: {"features":
+    (N, D), "labels": (N,), "paths": N paths, or for CIFAR N places in the data set}."""
     backbone.eval().to(args.device, memory_format=torch.channels_last)
-    h = torch.empty(len(items), backbone.inplanes)
-    for rows in torch.arange(len(items)).split(100):
-        x = decode([items[i] for i in rows.tolist()], args).to(args.device)
-        h[rows] = backbone(TF.normalize(x / 255, MEAN, STD)).cpu()
-    return h
+    listed = list_images(args, split)
+    if split == "train" and len(listed) == 0:
+        sys.exit(f"--data {args.data}: there are no images in it")
+    order = torch.randperm(len(listed), generator=torch.Generator().manual_seed(0))[: args.subset]
+    features = torch.empty(len(order), backbone.inplanes)
+    labels = torch.empty(len(order), dtype=torch.int64)
+    paths = []
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        for start in range(0, len(order), 100):  # so few pictures are held at once
+            batch = slice(start, start + 100)
+            items = [listed[i] for i in order[batch].tolist()]
+            sources = [source for source, _ in items]
+            pictures = pool.map(load_picture, sources, [args.size] * len(items))
+            x = torch.stack(list(pictures)).to(args.device) / 255
+            features[batch] = backbone(TF.normalize(x, args.mean, args.std)).cpu()
+            labels[batch] = torch.tensor([label for _, label in items])
+            paths += [str(source) for source in sources]
+    if args.data in ("cifar10", "cifar100"):
+        paths = order.tolist()
+    print(f"{split}: {len(order)} images of {args.size} px, {backbone.inplanes} features")
+    return {"features": features, "labels": labels, "paths": paths}
 
-def knn_accuracy(h, y, test_h, test_y, k, temperature):
-    """Top-1 in % of the k nearest training images' vote, weighted by exp(cosine / temperature):
-    Wu et al. 2018, Sec. 3.4. Features (N, D), labels (N,), on one device."""
-    bank, hits = F.normalize(h), 0
-    for q, true in zip(F.normalize(test_h).split(500), test_y.split(500)):
-        cosine, nearest = (q @ bank.T).topk(min(k, len(bank)))  # (500, k)
-        votes = h.new_zeros(len(q), int(y.max()) + 1)  # (500, classes)
-        votes.scatter_add_(1, y[nearest], (cosine / temperature).exp())
-        hits += (votes.argmax(1) == true).sum().item()
-    return 100 * hits / len(test_y)
 
-def draw_neighbors(splits, saved, args):
-    """Ten images, of the test split or all, each with its nearest of the others by cosine."""
-    bank, last = list(splits)[0], list(splits)[-1]  # train and test, or all twice
-    q, h = F.normalize(saved[last]["features"][:10]), F.normalize(saved[bank]["features"])
-    nearest, items = (q @ h.T).topk(min(10, len(h))).indices, []  # (10, 10)
-    for row, near in enumerate(nearest[:, bank == last :].tolist()):  # without itself, the first
-        items += [splits[last][row]] + [splits[bank][i] for i in near]
-    tiles = TF.resize(decode(items, args), [96, 96])
-    utils.save_image(tiles / 255, args.neighbors, nrow=len(items) // len(q), pad_value=1)
+def knn_accuracy(bank, labels, queries, truth, k=200, temperature=0.1):
+    """Top-1 in %: the k nearest in the bank vote on the class. Wu et al. 2018, Sec. 3.4."""
+    similarity = F.normalize(queries) @ F.normalize(bank).T  # (M, N)
+    cosine, nearest = similarity.topk(min(k, len(bank)))  # (M, k)
+    votes = torch.zeros(len(queries), int(labels.max()) + 1)  # (M, classes)
+    votes.scatter_add_(1, labels[nearest.cpu()], (cosine.cpu() / temperature).exp())
+    return 100 * (votes.argmax(1) == truth).float().mean().item()
+
 
 # ------------------------------------------------------------------ 4. The linear layer
-def fit(layer, h, y, decay, variance, axes):
-    """L-BFGS from where the layer is; h (N, D) has covariance axes diag(variance) axes^T.
-    The loss curves by at most covariance / 2 + decay (Boehning 1992); in units of its inverse
-    root by at most 1 in each direction, and L-BFGS takes a fifth of the steps."""
-    units = axes * (variance.clamp(min=0) / 2 + decay).rsqrt() @ axes.T  # (D, D)
-    change = torch.zeros_like(layer.weight, requires_grad=True)  # (classes, D)
-    settings = {"max_iter": 100, "tolerance_change": 1e-5, "line_search_fn": "strong_wolfe"}
-    optimizer = torch.optim.LBFGS([change, layer.bias], **settings)
+def fit(layer, h, y, decay):
+    """Minimizes mean cross-entropy + decay / 2 * |weight|^2, from where the layer is."""
+    settings = {"max_iter": 200, "tolerance_change": 1e-6, "line_search_fn": "strong_wolfe"}
+    optimizer = torch.optim.LBFGS(layer.parameters(), **settings)
 
     def closure():
         optimizer.zero_grad()
-        total = 0
-        for some, labels in zip(h.split(2**16), y.split(2**16)):  # all logits may not fit
-            w = layer.weight.detach() + change @ units
-            loss = F.cross_entropy(F.linear(some, w, layer.bias), labels)
-            loss = (loss + decay / 2 * w.square().sum()) * len(some) / len(h)
-            loss.backward()
-            total += loss.detach()
-        return total
+        loss = F.cross_entropy(layer(h), y) + decay / 2 * layer.weight.square().sum()
+        loss.backward()
+        return loss
 
     optimizer.step(closure)
-    layer.weight.data += change.detach() @ units
+
 
 def linear_probe(h, y):
     """Logistic regression: features h (N, D), labels y (N,) -> nn.Linear for these, and the
     weight decay (for standardized ones) that did best on a tenth held out."""
     layer = nn.Linear(h.shape[1], int(y.max()) + 1, device=h.device)
-    mean, std = h.mean(0), h.std(0).clamp(min=0.01 * h.std().item() + 1e-12)  # not 0
+    mean = h.mean(0)
+    std = h.std(0).clamp(min=0.01 * h.std().item() + 1e-12)  # never 0
     order = torch.randperm(len(h)).to(h.device)
-    h, y = h[order].sub_(mean).div_(std), y[order]  # one copy, features are large
-    covariance = (h.T @ h / len(h)).double()  # of rank one in float32, eigh may return NaN
-    variance, axes = (x.float() for x in torch.linalg.eigh(covariance))  # (D,), (D, D)
-    held, hits = len(h) // 10, {}
+    h = h[order].sub_(mean).div_(std)  # one copy, features are large
+    y = y[order]
+    held = len(h) // 10
+    hits = {}
     for decay in (1e-1, 1e-2, 1e-3, 1e-4, 1e-5):  # each starts where the last one ended
-        fit(layer, h[held:], y[held:], decay, variance, axes)
+        fit(layer, h[held:], y[held:], decay)
         hits[decay] = (layer(h[:held]).argmax(1) == y[:held]).sum().item()
-    fit(layer, h, y, best := max(hits, key=hits.get), variance, axes)
+    best = max(hits, key=hits.get)
+    fit(layer, h, y, best)
     layer.weight.data /= std  # for h as they are
     layer.bias.data -= layer.weight.data @ mean
     return layer, best
 
+
 # ------------------------------------------------------------------ 5. Main
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
-    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    devices = ["cuda", "cpu", "mps"][not gpus :] + gpus
-    add("checkpoint", nargs="?", help="any saved ResNet; without it an untrained one, the floor")
-    add("--prefix", help="of several networks the one at this place, as it is printed")
-    add("--max-pool", action=switch, help="after the stem; default: only after a 7x7 one")
-    add("--data", help="cifar10, cifar100, stl10, a folder: train/NAME/, test/NAME/, or unlabeled")
-    add("--data-dir", help="where the built-in sets are, or get downloaded")
-    add("--size", type=int, help="side of the images; this, --data, --data-dir: as in training")
+    add("checkpoint", nargs="?", help="a saved ResNet; without it an untrained one")
+    add("--prefix", default="", help="of several networks the one whose names begin so")
+    add("--max-pool", action=switch, help="after the stem; None: by its kernel")
+    add("--mean", type=float, nargs=3, default=(0.485, 0.456, 0.406), help="of pixels in 0-1")
+    add("--std", type=float, nargs=3, default=(0.229, 0.224, 0.225), help="of them, as trained")
+    add("--data", help="as for the training; None: what a script trained on, or cifar10")
+    add("--size", type=int, help="side of the images; None: as trained, else by the stem")
     add("--subset", type=int, help="take that many images of each split, always the same")
-    add("--device", default=devices[0], choices=devices)
     add("--seed", type=int, default=0, help="of the held-out tenth and the untrained network")
-    add("--features", type=Path, help="file for the splits' features, labels, paths or indices")
-    add("--neighbors", type=Path, help="picture to draw: ten images and the nearest to each")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="or cuda:1")
+    add("--features", type=Path, help="file for the splits' features, labels, paths")
     return parser.parse_args(argv)
+
 
 def main(argv=None):
     args = parse_args(argv)
-    for path in filter(None, (args.features, args.neighbors)):
-        if path.exists():
-            raise FileExistsError(f"{path} exists: choose another name")
-        path.parent.mkdir(parents=True, exist_ok=True)  # now, not after the work
+    if args.features:
+        args.features.parent.mkdir(parents=True, exist_ok=True)
+        if args.features.exists():
+            sys.exit(f"{args.features} exists: choose another name")
 
     # Network
-    path = args.checkpoint
-    backbone, trained = load_backbone(path, args.prefix, args.max_pool) if path else (None, {})
-    args.data = args.data or trained.get("data") or "cifar10"
-    args.data_dir = args.data_dir or trained.get("data_dir") or "data"
-    usual = 32 if backbone is None or backbone.conv1.stride == (1, 1) else 224
-    args.size = args.size or trained.get("size") or BUILT_IN.get(args.data, usual)
     torch.manual_seed(args.seed)
-    backbone = backbone or build_backbone("resnet18", args.size <= 64, args.max_pool)
+    if args.checkpoint:
+        backbone, trained = load_backbone(args.checkpoint, args.prefix, args.max_pool)
+        size = 32 if backbone.conv1.kernel_size == (3, 3) else 224
+    else:
+        size = args.size or 32
+        backbone = build_backbone("resnet18", small_stem=size <= 64, max_pool=size > 64)
+        trained = {}
+    args.size = args.size or trained.get("size", size)
+    args.data = args.data or trained.get("data", "cifar10")
+    print(args)
 
     # Features
-    splits, saved = load_splits(args), {}
-    for split, items in splits.items():
-        h, labels = extract_features(backbone, items, args), torch.tensor([y for _, y in items])
-        paths = items.indices if args.data in BUILT_IN else [str(path) for path, _ in items]
-        saved[split] = {"features": h, "labels": labels, "paths": paths}
-        print(f"{split}: {len(h)} images of {args.size} px, {h.shape[1]} features")
+    train = extract_features(backbone, args, "train")
+    test = extract_features(backbone, args, "test")
     if args.features:
-        torch.save(saved, args.features)
-    if args.neighbors:
-        draw_neighbors(splits, saved, args)
+        torch.save({"train": train, "test": test}, args.features)
 
     # Accuracy
-    if "test" in splits:
-        device = args.device.replace("mps", "cpu")  # mps lacks eigh
-        h, y, test_h, test_y = (s[x].to(device) for s in saved.values() for x in list(s)[:2])
-        for k, temperature, votes in ((200, 0.1, "T=0.1"), (10, torch.inf, "unweighted")):
-            knn = knn_accuracy(h, y, test_h, test_y, k, temperature)
-            print(f"kNN top-1: {knn:.2f}% (k={min(k, len(h))}, {votes})")
-        layer, decay = linear_probe(h, y)
-        top1 = 100 * (layer(test_h).argmax(1) == test_y).float().mean()
-        print(f"linear top-1: {top1:.2f}% (weight decay {decay})")
+    classes = len(train["labels"].unique())
+    if -1 in train["labels"]:
+        print("no labels: no accuracy")
+        return
+    if classes < 2 or len(test["labels"]) == 0:
+        print(f"{classes} classes, {len(test['labels'])} test images: no accuracy")
+        return
+    h, y = train["features"].to(args.device), train["labels"]
+    test_h, test_y = test["features"].to(args.device), test["labels"]
+    for k, temperature in ((200, 0.1), (10, torch.inf)):  # at infinity all votes are equal
+        knn = knn_accuracy(h, y, test_h, test_y, k, temperature)
+        print(f"kNN top-1: {knn:.2f}% (k={min(k, len(h))}, temperature {temperature})")
+    torch.manual_seed(args.seed)
+    layer, decay = linear_probe(h, y.to(args.device))
+    top1 = 100 * (layer(test_h).argmax(1).cpu() == test_y).float().mean().item()
+    print(f"linear top-1: {top1:.2f}% (weight decay {decay})")
+
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (OSError, ValueError, torch.OutOfMemoryError) as error:  # one line, no traceback
-        raise SystemExit(f"{error} (see --data FOLDER, --data-dir, --device cpu)") from None
+    main()

@@ -46,6 +46,11 @@ def test_equal_functions_are_equal_to_the_letter(other):
     assert [name for name in same if a[name] != b[name]] == []
 
 
+@pytest.mark.parametrize("name", ["list_images", "knn_accuracy"])
+def test_the_probe_reads_and_votes_as_the_scripts_do(name):
+    assert functions("linear_eval")[name] == functions("simsiam")[name]
+
+
 def test_banners_agree():
     banners = [[line for line in source(m).split("\n") if line[:5] == "# ---"] for m in METHODS]
     assert len(banners[0]) == 6

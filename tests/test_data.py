@@ -1,10 +1,7 @@
 """Folders of images, and torchvision's built-in sets through torchvision's own download."""
 
-import argparse
 import hashlib
 import pickle
-import runpy
-import sys
 import tarfile
 import urllib.response
 
@@ -243,59 +240,26 @@ def test_cifar_is_downloaded_and_read_exactly(script, tiny_cifar, tmp_path, monk
     assert {x.numpy().tobytes(): int(y) for x, y in zip(images, labels)} == expected
 
 
+class Pixels(torch.nn.Flatten):
+    """The features are the normalized pixels."""
+
+    inplanes = 3 * 32 * 32
+
+
 @pytest.mark.parametrize("tiny_cifar", ["cifar10", "cifar100"], indirect=True)
-def test_linear_eval_reads_cifar_exactly(tiny_cifar, tmp_path):
+def test_linear_eval_reads_cifar_exactly(tiny_cifar, tmp_path, monkeypatch):
+    """Its paths are places in the data set."""
     name, pixels = tiny_cifar
-    flags = {
-        "data": name,
-        "data_dir": str(tmp_path / "data"),
-        "size": 32,
-        "subset": None,
-        "seed": 0,
-    }
-    for split, part in (("train", slice(12)), ("test", slice(12, 18))):
-        args = argparse.Namespace(**flags)
-        items = linear_eval.load_splits(args)[split]
-        images, labels = linear_eval.decode(items, args), [y for _, y in items]
-        expected = {image.tobytes(): i % 6 for i, image in enumerate(pixels[part])}
-        assert {x.numpy().tobytes(): int(y) for x, y in zip(images, labels)} == expected
-
-
-@pytest.fixture
-def tiny_stl10(monkeypatch, tmp_path):
-    """STL-10 of 4 labeled train, 4 test and 16 unlabeled images."""
-    dataset, source = datasets.STL10, tmp_path / "source"
-    folder = source / dataset.base_folder
-    folder.mkdir(parents=True)
-    random = np.random.default_rng(0)
-    for name, count in (("train", 4), ("test", 4), ("unlabeled", 16)):
-        random.integers(0, 256, (count, 3, 96, 96), dtype=np.uint8).tofile(folder / f"{name}_X.bin")
-    for name in ("train", "test"):
-        np.array([1, 2, 1, 2], dtype=np.uint8).tofile(folder / f"{name}_y.bin")
-    (folder / dataset.class_names_file).write_text("a\nb\n")
-    (folder / dataset.folds_list_file).write_text("0 1\n")
-    for split in ("train_list", "test_list"):
-        listed = [[name, md5(folder / name)] for name, _ in getattr(dataset, split)]
-        monkeypatch.setattr(dataset, split, listed)
-    serve(monkeypatch, dataset, source, dataset.base_folder)
-
-
-@pytest.mark.usefixtures("tiny_stl10")
-def test_linear_eval_takes_the_labeled_images_of_stl10(tmp_path, capsys):
-    flags = ["--data", "stl10", "--data-dir", str(tmp_path / "data"), "--size", "8"]
-    saved = tmp_path / "features.pt"
-    linear_eval.main([*flags, "--device", "cpu", "--features", str(saved)])
-    printed = capsys.readouterr().out
-    assert "train: 4 images of 8 px" in printed
-    assert "test: 4 images of 8 px" in printed
-    for split in torch.load(saved).values():
-        assert sorted(split["labels"].tolist()) == [0, 0, 1, 1]
-        assert sorted(split["paths"]) == [0, 1, 2, 3]
-
-
-def test_linear_eval_names_the_ways_out_of_a_failed_download(monkeypatch, tmp_path):
-    monkeypatch.setattr(datasets.CIFAR10, "url", (tmp_path / "nothing.tar.gz").as_uri())
-    flags = ["linear_eval.py", "--data-dir", str(tmp_path / "data"), "--device", "cpu"]
-    monkeypatch.setattr(sys, "argv", flags)
-    with pytest.raises(SystemExit, match=r"--data FOLDER, --data-dir, --device cpu\)$"):
-        runpy.run_path(linear_eval.__file__, run_name="__main__")
+    monkeypatch.chdir(tmp_path)
+    args = linear_eval.parse_args(["--data", name, "--size", "32", "--device", "cpu"])
+    for split, part in (("train", pixels[:12]), ("test", pixels[12:18])):
+        saved = linear_eval.extract_features(Pixels(), args, split)
+        expected = {image.tobytes(): i % 6 for i, image in enumerate(part)}
+        assert sorted(saved["paths"]) == list(range(len(part)))
+        listed = linear_eval.list_images(args, split)
+        for h, y, i in zip(*saved.values()):
+            x = linear_eval.TF.pil_to_tensor(listed[i][0])
+            assert y == expected.pop(x.numpy().tobytes())
+            x = linear_eval.TF.normalize(x / 255, args.mean, args.std).flatten()
+            torch.testing.assert_close(h, x)
+        assert not expected

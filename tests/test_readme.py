@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import bench
+import plot
 import pytest
 import torch
 from conftest import ROOT
@@ -40,6 +41,9 @@ def test_the_flags_of_each_command(command):
     words = [word for word in words[1:] if not word.startswith("--nproc_per_node")]
     if words == ["-m", "pytest"] or words[0] == "tests/toy.py":  # toy.py: below
         return
+    if words[0] == "tests/plot.py":  # the file it wants is that of the command before
+        assert words[2] in README.split(shlex.join(words))[0]
+        return
     if words[0] == "tests/bench.py":
         assert bench.parse_args(words[1:]).batch_size == 256
         return
@@ -61,10 +65,12 @@ def test_the_toy_set_as_the_readme_makes_it(tmp_path, capsys):
         flags = shlex.split(train)[2:] + ["--data", str(data), "--out", str(tmp_path / method)]
         flags += ["--epochs", "1", "--subset", "64", "--device", "cpu"]
         importlib.import_module(method).main(flags)
-    probe = next(command for command in COMMANDS if "--neighbors" in command)
-    flags = shlex.split(probe)[3:] + ["--neighbors", str(picture), "--subset", "100"]
+    probe = next(command for command in COMMANDS if "toy/checkpoint.pt --features" in command)
+    features = str(tmp_path / "features.pt")
+    flags = shlex.split(probe)[3:] + ["--features", features, "--subset", "100"]
     checkpoint = str(tmp_path / "simclr" / "checkpoint.pt")
     importlib.import_module("linear_eval").main([checkpoint, *flags])
+    plot.main(["neighbors", features, str(picture)])
     assert picture.exists()
     assert "linear top-1: " in capsys.readouterr().out
 
@@ -87,7 +93,7 @@ def photos(folder, monkeypatch, tmp_path):
         photo.rename(photo.with_suffix(".png" if photo.parent.name == "red" else ".txt"))
     shutil.copy(tmp_path / "PHOTOS" / "trip" / "red" / "4.png", tmp_path / "PHOTOS" / "copy.png")
     monkeypatch.chdir(tmp_path)
-    probe = next(command for command in COMMANDS if "--features" in command)
+    probe = next(command for command in COMMANDS if "--features photos.pt" in command)
     flags = shlex.split(probe)[3:] + ["--data", "PHOTOS", "--size", "8", "--device", "cpu"]
     importlib.import_module("linear_eval").main(flags)
 
@@ -102,8 +108,8 @@ def test_the_ten_closest_pairs(capsys):
     assert len(pairs) == 10
     assert pairs[0][0] == "1.000"
     assert {*pairs[0][1:]} == {"PHOTOS/copy.png", "PHOTOS/trip/red/4.png"}
-    h = torch.nn.functional.normalize(torch.load("photos.pt")["all"]["features"])
-    paths = torch.load("photos.pt")["all"]["paths"]
+    h = torch.nn.functional.normalize(torch.load("photos.pt")["train"]["features"])
+    paths = torch.load("photos.pt")["train"]["paths"]
     for cosine, a, b in pairs:
         assert f"{h[paths.index(a)] @ h[paths.index(b)]:.3f}" == cosine
     cosines = [float(cosine) for cosine, _, _ in pairs]
