@@ -142,11 +142,9 @@ def load_backbone(path, prefix="", max_pool=None):
     if between == 0:
         backbone.relu = nn.Identity()
     print(f"{arch}: {place} and on, run with ReLU {between != 0}, max-pool {max_pool}")
-    if len(found) > 1:
-        print(f"--prefix would choose among {', '.join(found)}")
-    if isinstance(saved, dict) and {"backbone", "network", "log", "args"}.issubset(saved):
-        return backbone, saved["args"]
-    return backbone, {}
+    print(f"networks there, to choose by --prefix: {', '.join(found)}")
+    ours = isinstance(saved, dict) and {"backbone", "network", "log", "args"}.issubset(saved)
+    return backbone, saved["args"] if ours else {}
 
 
 # ------------------------------------------------------------------ 2. Data
@@ -167,9 +165,8 @@ def list_images(args, split):
 
 
 def load_picture(source, size):
-    """A picture or its path -> (3, size, size) uint8; above 64 px the center of one 8/7 as large,
-    as usual for ImageNet (224 of 256)."""
-    side = round(size * 8 / 7) if size > 64 else size
+    """A picture or its path -> (3, size, size) uint8: upright, shrunk, and the center of it."""
+    side = round(size * 8 / 7) if size > 64 else size  # 256 for 224, as usual for ImageNet
     try:
         picture = Image.open(source) if isinstance(source, Path) else source
         assert not picture.mode.startswith(("I", "F")), "more than 8 bits a channel"
@@ -218,18 +215,24 @@ def knn_accuracy(bank, labels, queries, truth, k=200, temperature=0.1):
 
 
 # ------------------------------------------------------------------ 4. The linear layer
-def fit(layer, h, y, decay):
-    """Minimizes mean cross-entropy + decay / 2 * |weight|^2, from where the layer is."""
-    settings = {"max_iter": 200, "tolerance_change": 1e-6, "line_search_fn": "strong_wolfe"}
-    optimizer = torch.optim.LBFGS(layer.parameters(), **settings)
+def fit(layer, h, y, decay, covariance):
+    """Minimizes mean cross-entropy + decay / 2 * |weight|^2. This curves by covariance / 2 + decay
+    at most (Boehning 1992); in units that make it 1, L-BFGS takes a tenth of the time."""
+    curvature = covariance / 2 + decay * torch.eye(len(covariance)).to(covariance)
+    units = torch.linalg.cholesky(curvature).inverse().float()  # (D, D)
+    change = torch.zeros_like(layer.weight, requires_grad=True)  # (classes, D), in these units
+    settings = {"max_iter": 100, "tolerance_change": 1e-5, "line_search_fn": "strong_wolfe"}
+    optimizer = torch.optim.LBFGS([change, layer.bias], **settings)
 
     def closure():
         optimizer.zero_grad()
-        loss = F.cross_entropy(layer(h), y) + decay / 2 * layer.weight.square().sum()
+        w = layer.weight.detach() + change @ units
+        loss = F.cross_entropy(F.linear(h, w, layer.bias), y) + decay / 2 * w.square().sum()
         loss.backward()
         return loss
 
     optimizer.step(closure)
+    layer.weight.data += change.detach() @ units
 
 
 def linear_probe(h, y):
@@ -241,13 +244,14 @@ def linear_probe(h, y):
     order = torch.randperm(len(h)).to(h.device)
     h = h[order].sub_(mean).div_(std)  # one copy, features are large
     y = y[order]
+    covariance = (h.T @ h / len(h)).double()
     held = len(h) // 10
     hits = {}
     for decay in (1e-1, 1e-2, 1e-3, 1e-4, 1e-5):  # each starts where the last one ended
-        fit(layer, h[held:], y[held:], decay)
+        fit(layer, h[held:], y[held:], decay, covariance)
         hits[decay] = (layer(h[:held]).argmax(1) == y[:held]).sum().item()
     best = max(hits, key=hits.get)
-    fit(layer, h, y, best)
+    fit(layer, h, y, best, covariance)
     layer.weight.data /= std  # for h as they are
     layer.bias.data -= layer.weight.data @ mean
     return layer, best
@@ -298,19 +302,15 @@ def main(argv=None):
         torch.save({"train": train, "test": test}, args.features)
 
     # Accuracy
-    classes = len(train["labels"].unique())
-    if -1 in train["labels"]:
-        print("no labels: no accuracy")
-        return
-    if classes < 2 or len(test["labels"]) == 0:
-        print(f"{classes} classes, {len(test['labels'])} test images: no accuracy")
-        return
     h, y = train["features"].to(args.device), train["labels"]
     test_h, test_y = test["features"].to(args.device), test["labels"]
+    classes = len(y[y >= 0].unique())
+    if classes < 2 or len(test_y) == 0:
+        print(f"no accuracy: {classes} classes in train, {len(test_y)} labeled images in test")
+        return
     for k, temperature in ((200, 0.1), (10, torch.inf)):  # at infinity all votes are equal
         knn = knn_accuracy(h, y, test_h, test_y, k, temperature)
         print(f"kNN top-1: {knn:.2f}% (k={min(k, len(h))}, temperature {temperature})")
-    torch.manual_seed(args.seed)
     layer, decay = linear_probe(h, y.to(args.device))
     top1 = 100 * (layer(test_h).argmax(1).cpu() == test_y).float().mean().item()
     print(f"linear top-1: {top1:.2f}% (weight decay {decay})")
