@@ -5,9 +5,9 @@
     python linear_eval.py                                # an untrained ResNet-18: the floor
 
 A file may hold anything beside the network, which is found by the shapes of its tensors and the
-last parts of their names, in order. The rest is assumed: mean and std of the pixels (else --mean,
---std), a max-pool after a 7x7 stem and none after a 3x3 one, whose stride and padding are 1 (else
---max-pool), and as in torchvision BatchNorm's eps, where blocks stride, that nothing is blurred.
+last parts of their names, in order. The rest is assumed: mean and std of the pixels (see --mean
+and --std); a max-pool after a 7x7 stem only (see --max-pool); stride and padding of 1 for a 3x3
+stem; and as in torchvision BatchNorm's eps, where blocks stride, and that nothing is blurred.
 """
 
 import argparse
@@ -36,8 +36,8 @@ class StandIn:
 
 
 def read(path):
-    """What torch.save wrote, with a StandIn for each object that torch does not trust. Exits with
-    a sentence if torch cannot open the file in its safe way."""
+    """What torch.save wrote, with a StandIn for each object that torch does not trust. Exits
+    with a sentence if torch cannot open the file in its safe way."""
     if Path(path).stat().st_size < 2**20:
         sys.exit(f"{path} is smaller than any ResNet: is it a pointer, or a web page?")
     unsafe = []
@@ -48,7 +48,7 @@ def read(path):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # its reason, without torch's advice to open the file unsafely
         lines = str(error).split("\n\nCheck the documentation")[0].strip().split("\n")
-        reason = lines[-1].strip().split(". ")[0]
+        reason = lines[-1].strip().split(". ")[0]  # the last line's first sentence
         sys.exit(f"{path} does not open: {reason}; unsafe: {unsafe}. Save a state_dict() alone")
 
 
@@ -67,8 +67,8 @@ def find_tensors(tree, place=""):
 
 
 def find_backbones(tensors):
-    """torchvision's ResNets in [(name, tensor), ...]: where tensors of its shapes and last parts of
-    names stand in its order, and no further block after them. By the first one's name:
+    """torchvision's ResNets (ResNeXt, wide ones) in [(name, tensor), ...]: where the shapes and the
+    last parts of names are its own, in order, and no further block follows. By the first name:
     {"module.conv1.weight": (arch, names of the tensors, state_dict)}."""
     saved = [(name.split(".")[-1], tensor.shape) for name, tensor in tensors]
     found = {}
@@ -81,17 +81,17 @@ def find_backbones(tensors):
             names = [name for name, _ in tensors[start:end]]
             stage = names[-1].rsplit(".", 3)[0]  # "layer4" of "layer4.1.bn2.running_var"
             goes_on = end < len(tensors) and tensors[end][0].startswith(f"{stage}.")
-            if saved[start:end] == wanted and not goes_on:
+            if saved[start:end] == wanted and not goes_on:  # else a deeper network, say
                 state = {own[i][0]: tensors[start + i][1] for i in range(len(own))}
                 found[names[0]] = arch, names, state
     return found
 
 
 def rank(place):
-    """Of several networks the first by this is taken: no copy of another, the least nested."""
+    """The first by this is taken: originals before copies, then the least nested."""
     words = place.lower().replace("_", ".").split(".")
     copies = ["momentum", "target", "teacher", "key", "k", "m", "ema", "swa", "avg", "loss", "init"]
-    return any(word in copies for word in words), place.count(".")
+    return any(word in copies for word in words), place.count(".")  # False comes first
 
 
 def modules_before_layer1(names):
@@ -117,8 +117,8 @@ def build_backbone(arch, small_stem, max_pool):
 
 
 def load_backbone(path, prefix="", max_pool=None):
-    """The network in a file, with --prefix the one whose names begin so, and the arguments of the
-    training if a script here has saved it, else {}. Prints what it takes, or exits."""
+    """The network in a file, with --prefix the one whose names begin so, and the arguments of
+    its training if a script here has saved it, else {}. Prints what it takes, or exits."""
     saved = read(path)
     tensors = find_tensors(saved)
     found = find_backbones(tensors)
@@ -134,17 +134,17 @@ def load_backbone(path, prefix="", max_pool=None):
         sys.exit(f"{path}: not all the numbers from {place} on are finite")
 
     kernel = state["conv1.weight"].shape[2]
-    between = modules_before_layer1(names)
+    between = modules_before_layer1(names)  # None: not known
     if max_pool is None:
         max_pool = kernel == 7 and between not in (0, 1)
     backbone = build_backbone(arch, kernel == 3, max_pool)
     backbone.load_state_dict(state)
     if between == 0:
-        backbone.relu = nn.Identity()
+        backbone.relu = nn.Identity()  # the stem's; blocks have their own
     print(f"{arch}: {place} and on, run with ReLU {between != 0}, max-pool {max_pool}")
     print(f"networks there, to choose by --prefix: {', '.join(found)}")
     ours = isinstance(saved, dict) and {"backbone", "network", "log", "args"}.issubset(saved)
-    return backbone, saved["args"] if ours else {}
+    return backbone, (saved["args"] if ours else {})
 
 
 # ------------------------------------------------------------------ 2. Data
@@ -165,7 +165,7 @@ def list_images(args, split):
 
 
 def load_picture(source, size):
-    """A picture or its path -> (3, size, size) uint8: upright, shrunk, and the center of it."""
+    """A picture or its path -> (3, size, size) uint8: upright, resized, the center of it."""
     side = round(size * 8 / 7) if size > 64 else size  # 256 for 224, as usual for ImageNet
     try:
         picture = Image.open(source) if isinstance(source, Path) else source
@@ -190,7 +190,7 @@ def extract_features(backbone, args, split):
     labels = torch.empty(len(order), dtype=torch.int64)
     paths = []
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        for start in range(0, len(order), 100):  # so few pictures are held at once
+        for start in range(0, len(order), 100):  # only so many pictures are held at once
             batch = slice(start, start + 100)
             items = [listed[i] for i in order[batch].tolist()]
             sources = [source for source, _ in items]
@@ -199,7 +199,7 @@ def extract_features(backbone, args, split):
             features[batch] = backbone(TF.normalize(x, args.mean, args.std)).cpu()
             labels[batch] = torch.tensor([label for _, label in items])
             paths += [str(source) for source in sources]
-    if args.data in ("cifar10", "cifar100"):
+    if args.data in ("cifar10", "cifar100"):  # whose pictures have no path
         paths = order.tolist()
     print(f"{split}: {len(order)} images of {args.size} px, {backbone.inplanes} features")
     return {"features": features, "labels": labels, "paths": paths}
@@ -217,7 +217,7 @@ def knn_accuracy(bank, labels, queries, truth, k=200, temperature=0.1):
 # ------------------------------------------------------------------ 4. The linear layer
 def fit(layer, h, y, decay, covariance):
     """Minimizes mean cross-entropy + decay / 2 * |weight|^2. This curves by covariance / 2 + decay
-    at most (Boehning 1992); in units that make it 1, L-BFGS takes a tenth of the time."""
+    at most (Boehning 1992); in units (a root of its inverse) that make it 1, L-BFGS is fast."""
     curvature = covariance / 2 + decay * torch.eye(len(covariance)).to(covariance)
     units = torch.linalg.cholesky(curvature).inverse().float()  # (D, D)
     change = torch.zeros_like(layer.weight, requires_grad=True)  # (classes, D), in these units
@@ -252,7 +252,7 @@ def linear_probe(h, y):
         hits[decay] = (layer(h[:held]).argmax(1) == y[:held]).sum().item()
     best = max(hits, key=hits.get)
     fit(layer, h, y, best, covariance)
-    layer.weight.data /= std  # for h as they are
+    layer.weight.data /= std  # for features as they came
     layer.bias.data -= layer.weight.data @ mean
     return layer, best
 
@@ -263,9 +263,9 @@ def parse_args(argv=None):
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
     add("checkpoint", nargs="?", help="a saved ResNet; without it an untrained one")
     add("--prefix", default="", help="of several networks the one whose names begin so")
-    add("--max-pool", action=switch, help="after the stem; None: by its kernel")
+    add("--max-pool", action=switch, help="after the stem; None: if its kernel is 7x7")
     add("--mean", type=float, nargs=3, default=(0.485, 0.456, 0.406), help="of pixels in 0-1")
-    add("--std", type=float, nargs=3, default=(0.229, 0.224, 0.225), help="of them, as trained")
+    add("--std", type=float, nargs=3, default=(0.229, 0.224, 0.225), help="of them")
     add("--data", help="as for the training; None: what a script trained on, or cifar10")
     add("--size", type=int, help="side of the images; None: as trained, else by the stem")
     add("--subset", type=int, help="take that many images of each split, always the same")
