@@ -1,10 +1,15 @@
-"""Pictures of what was learned.
+"""The README's pictures of what was learned, from what the scripts have written.
 
-python linear_eval.py runs/toy/checkpoint.pt --features toy.pt
-python tests/plot.py neighbors toy.pt neighbors.png
+    python linear_eval.py runs/toy/checkpoint.pt --features toy.pt
+    python tests/plot.py neighbors toy.pt neighbors.png
+    python tests/plot.py learning runs/simclr runs/byol learning.png --level pixels=41.1
+    python tests/plot.py collapse runs/with runs/without collapse.png
+
+The last two want matplotlib.
 """
 
 import argparse
+import csv
 import sys
 from pathlib import Path
 
@@ -49,15 +54,70 @@ def paste(page, split, i, left, top):
         ImageDraw.Draw(page).text((left, top), path.parent.name, "black", font)
 
 
+def column(run, name):
+    """The epochs and values of a column of a run's log.csv, where there is a value."""
+    rows = csv.DictReader(Path(run, "log.csv").read_text().splitlines())
+    rows = [row for row in rows if row[name]]
+    return [int(row["epoch"]) for row in rows], [float(row[name]) for row in rows]
+
+
+def learning(runs, out, levels):
+    """kNN over the epochs of some runs, and a line for each of levels, {name: percent}."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+
+    figure, ax = plt.subplots(figsize=(9, 3.6), layout="constrained")
+    for run in runs:
+        ax.plot(*column(run, "kNN"), "o-", label=Path(run).name)
+    for (name, percent), dashes in zip(levels.items(), ("--", ":", "-.")):
+        ax.axhline(percent, linestyle=dashes, color="gray", label=name)
+    ax.set(title="kNN accuracy (k = 200) on the test images", xlabel="epoch", ylabel="percent")
+    ax.set_ylim(bottom=0)
+    figure.legend(loc="outside right upper")
+    figure.savefig(out, dpi=100)
+    plt.close(figure)
+    return ax
+
+
+def collapse(runs, out):
+    """Loss, spread and kNN over the epochs of some runs, side by side."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(9, 3.2), layout="constrained")
+    for run in runs:
+        for ax, name in zip(axes, ("loss", "spread", "kNN")):
+            ax.plot(*column(run, name), "o-", label=Path(run).name if name == "loss" else None)
+    axes[0].set(title="loss: negative cosine", xlabel="epoch")
+    axes[1].set(title="spread of the predictions", xlabel="epoch", ylim=(0, 1.05))
+    axes[2].set(title="kNN accuracy, percent", xlabel="epoch", ylim=(0, 50))
+    figure.legend(loc="outside lower center", ncols=len(runs))
+    figure.savefig(out, dpi=100)
+    plt.close(figure)
+    return axes
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("kind", choices=["neighbors"])
-    parser.add_argument("source", help="file of linear_eval.py --features")
-    parser.add_argument("out", type=Path, help="picture to write")
+    add = parser.add_argument
+    add("kind", choices=["neighbors", "learning", "collapse"])
+    add("source", nargs="+", help="file of linear_eval.py --features, or folders of runs")
+    add("out", type=Path, help="picture to write")
+    add("--level", nargs="*", default=[], metavar="NAME=PERCENT", help="lines in learning")
     args = parser.parse_args(argv)
     if args.out.exists():
         sys.exit(f"{args.out} exists: choose another name")
-    neighbors(args.source, args.out)
+    if args.kind == "neighbors":
+        neighbors(args.source[0], args.out)
+    elif args.kind == "learning":
+        levels = [level.split("=") for level in args.level]
+        learning(args.source, args.out, {name: float(percent) for name, percent in levels})
+    else:
+        collapse(args.source, args.out)
 
 
 if __name__ == "__main__":

@@ -63,3 +63,34 @@ def test_places_in_a_data_set_are_no_paths(tmp_path):
     torch.save({"train": split, "test": split}, tmp_path / "f.pt")
     with pytest.raises(SystemExit, match="make it with --data FOLDER"):
         plot.neighbors(tmp_path / "f.pt", tmp_path / "n.png")
+
+
+@pytest.fixture
+def logs(tmp_path):
+    pytest.importorskip("matplotlib")
+    for run in ("with", "without"):
+        (tmp_path / run).mkdir()
+        rows = ["epoch,loss,spread,kNN,lr", "1,-0.3,0.8,24.4,0.1", "2,-0.5,0.9,,0.1"]
+        (tmp_path / run / "log.csv").write_text("\n".join([*rows, "3,-0.6,0.9,25,0.1"]))
+    return [str(tmp_path / "with"), str(tmp_path / "without")]
+
+
+def drawn(ax):
+    return [[[*map(float, line.get_xdata())], [*map(float, line.get_ydata())]] for line in ax.lines]
+
+
+def test_learning_shows_knn_where_it_was_measured(logs, tmp_path):
+    ax = plot.learning(logs, tmp_path / "x.png", {"pixels": 41.1})
+    knn = [[1, 3], [24.4, 25]]
+    assert drawn(ax)[:2] == [knn, knn]
+    assert drawn(ax)[2][1] == [41.1, 41.1]
+    assert Image.open(tmp_path / "x.png").size == (900, 360)
+
+
+def test_collapse_shows_three_columns(logs, tmp_path):
+    plot.main(["collapse", *logs, str(tmp_path / "x.png")])
+    axes = plot.collapse(logs, tmp_path / "y.png")
+    loss, spread = [[1, 2, 3], [-0.3, -0.5, -0.6]], [[1, 2, 3], [0.8, 0.9, 0.9]]
+    assert [drawn(ax)[0] for ax in axes] == [loss, spread, [[1, 3], [24.4, 25]]]
+    assert axes[2].get_ylim()[0] == 0
+    assert (tmp_path / "x.png").exists()
