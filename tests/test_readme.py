@@ -81,7 +81,7 @@ def test_the_snippet_for_plain_torchvision(runs, monkeypatch, tmp_path):
     (tmp_path / "runs" / "simsiam").symlink_to(runs / "simsiam")
     monkeypatch.chdir(tmp_path)
     names = {}
-    exec(next(code for code in BLOCKS if "torchvision" in code), names)
+    exec(next(code for code in BLOCKS if "torchvision.models" in code), names)
     backbone = names["backbone"].eval()
     assert backbone(names["torch"].zeros(2, 3, 32, 32)).shape == (2, 512)
 
