@@ -67,8 +67,8 @@ def find_tensors(tree, place=""):
 
 
 def find_backbones(tensors):
-    """torchvision's ResNets (ResNeXt, wide ones) in [(name, tensor), ...]: where the shapes and the
-    last parts of names are its own, in order, and no further block follows. By the first name:
+    """torchvision's ResNets (ResNeXt, wide ones) in [(name, tensor), ...]: where the shapes
+    and last parts of names are its own, in order, and no further block follows. By first name:
     {"module.conv1.weight": (arch, names of the tensors, state_dict)}."""
     saved = [(name.split(".")[-1], tensor.shape) for name, tensor in tensors]
     found = {}
@@ -216,11 +216,11 @@ def knn_accuracy(bank, labels, queries, truth, k=200, temperature=0.1):
 
 # ------------------------------------------------------------------ 4. The linear layer
 def fit(layer, h, y, decay, covariance):
-    """Minimizes mean cross-entropy + decay / 2 * |weight|^2. This curves by covariance / 2 + decay
-    at most (Boehning 1992); in units (a root of its inverse) that make it 1, L-BFGS is fast."""
+    """Minimizes mean cross-entropy + decay / 2 * |weight|^2. It curves by at most covariance / 2
+    + decay (Boehning 1992); in units, a root of its inverse, that make it 1, L-BFGS is fast."""
     curvature = covariance / 2 + decay * torch.eye(len(covariance)).to(covariance)
     units = torch.linalg.cholesky(curvature).inverse().float()  # (D, D)
-    change = torch.zeros_like(layer.weight, requires_grad=True)  # (classes, D), in these units
+    change = torch.zeros_like(layer.weight, requires_grad=True)  # (classes, D), in units
     settings = {"max_iter": 100, "tolerance_change": 1e-5, "line_search_fn": "strong_wolfe"}
     optimizer = torch.optim.LBFGS([change, layer.bias], **settings)
 
