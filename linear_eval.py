@@ -4,8 +4,8 @@
     python linear_eval.py resnet50.pth --data FOLDER --size 224
     python linear_eval.py                                # an untrained ResNet-18: the floor
 
-A file may hold anything beside the network, which is found by the shapes of its tensors and the
-last parts of their names, in order. The rest is assumed: mean and std of the pixels (see --mean
+A file may hold anything beside the network, which is found by its tensors' shapes and the last
+parts of their names, in order. The rest is assumed: mean and std of the pixels (see --mean
 and --std); a max-pool after a 7x7 stem only (see --max-pool); stride and padding of 1 for a 3x3
 stem; and as in torchvision BatchNorm's eps, where blocks stride, and that nothing is blurred.
 """
