@@ -74,7 +74,7 @@ def learning(runs, out, levels):
     for (name, percent), dashes in zip(levels.items(), ("--", ":", "-.")):
         ax.axhline(percent, linestyle=dashes, color="gray", label=name)
     ax.set(title="kNN accuracy (k = 200) on the test images", xlabel="epoch", ylabel="percent")
-    ax.set_ylim(bottom=0)
+    ax.grid(alpha=0.3)
     figure.legend(loc="outside right upper")
     figure.savefig(out, dpi=100)
     plt.close(figure)
