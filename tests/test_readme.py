@@ -1,6 +1,7 @@
 """The README's commands and code do what it says."""
 
 import importlib
+import inspect
 import re
 import shlex
 import shutil
@@ -75,14 +76,20 @@ def test_the_toy_set_as_the_readme_makes_it(tmp_path, capsys):
     assert "linear top-1: " in capsys.readouterr().out
 
 
-def test_the_snippet_for_plain_torchvision(runs, monkeypatch, tmp_path):
+def test_the_backbone_elsewhere(runs, monkeypatch, tmp_path):
+    """The two functions of a script, and what they need, give the features of linear_eval."""
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "simsiam").symlink_to(runs / "simsiam")
     monkeypatch.chdir(tmp_path)
-    names = {}
-    exec(next(code for code in BLOCKS if "torchvision.models" in code), names)
-    backbone = names["backbone"].eval()
-    assert backbone(names["torch"].zeros(2, 3, 32, 32)).shape == (2, 512)
+    script = importlib.import_module("simsiam")
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    names = {"torch": torch, "nn": torch.nn, "models": script.models, "images": images}
+    for function in (script.build_backbone, script.normalize):
+        exec(inspect.getsource(function), names)
+    exec(next(code for code in BLOCKS if "load_state_dict" in code), names)
+    expected = script.compute_features(names["backbone"], images, "cpu")
+    assert torch.equal(names["h"], expected)
+    assert expected.shape == (2, 512)
 
 
 @pytest.fixture
