@@ -133,8 +133,8 @@ class SimSiam(nn.Module):
         )
 
     def forward(self, x1, x2):
-        """Two views (B, 3, S, S) -> the loss, Eq. (4); p1 (B, dim), alike if collapsed
-        (z less so: its BatchNorm holds the mean at 0)."""
+        """Two views (B, 3, S, S) -> the loss, Eq. (4); p1 (B, dim), whose rows are alike in a
+        collapse (those of z less so: BatchNorm holds their mean at 0)."""
         h1, h2 = self.backbone(x1), self.backbone(x2)  # features (B, inplanes)
         z1, z2 = self.projector(h1), self.projector(h2)  # projections (B, dim)
         p1, p2 = self.predictor(z1), self.predictor(z2)  # predictions (B, dim)
