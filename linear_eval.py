@@ -48,8 +48,8 @@ def read(path):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # its reason, without torch's advice to open the file unsafely
         lines = str(error).split("\n\nCheck the documentation")[0].strip().split("\n")
-        reason = lines[-1].strip().split(". ")[0]  # the last line's first sentence
-        sys.exit(f"{path} does not open: {reason}; unsafe: {unsafe}. Save a state_dict() alone")
+        why = lines[-1].strip().split(". ")[0]  # the last line's first sentence
+        sys.exit(f"{path} does not open: {why}; unsafe: {unsafe}. Save a state_dict() alone")
 
 
 def find_tensors(tree, place=""):
@@ -67,9 +67,8 @@ def find_tensors(tree, place=""):
 
 
 def find_backbones(tensors):
-    """torchvision's ResNets (ResNeXt, wide ones) in [(name, tensor), ...]: where the shapes
-    and last parts of names are its own, in order, and no further block follows. By first name:
-    {"module.conv1.weight": (arch, names of the tensors, state_dict)}."""
+    """torchvision's ResNets in [(name, tensor), ...], by last parts of names and shapes, in
+    order: {"module.conv1.weight": (arch, names of the tensors, state_dict)}."""
     saved = [(name.split(".")[-1], tensor.shape) for name, tensor in tensors]
     found = {}
     for arch, small_stem in product(models.list_models(models, "*resne*"), (False, True)):
@@ -90,7 +89,8 @@ def find_backbones(tensors):
 def rank(place):
     """The first by this is taken: originals before copies, then the least nested."""
     words = place.lower().replace("_", ".").split(".")
-    copies = ["momentum", "target", "teacher", "key", "k", "m", "ema", "swa", "avg", "loss", "init"]
+    copies = ["momentum", "target", "teacher", "key", "k", "m", "ema", "swa", "avg"]
+    copies += ["loss", "init"]
     return any(word in copies for word in words), place.count(".")  # False comes first
 
 
@@ -123,8 +123,8 @@ def load_backbone(path, prefix="", max_pool=None):
     tensors = find_tensors(saved)
     found = find_backbones(tensors)
     if not found:
-        way_out = "if one was saved whole or as NumPy arrays, save its state_dict() instead"
-        sys.exit(f"{path}: no torchvision ResNet, in order, in {len(tensors)} tensors; {way_out}")
+        way = "if one was saved whole or as NumPy arrays, save its state_dict() instead"
+        sys.exit(f"{path}: no torchvision ResNet, in order, in {len(tensors)} tensors; {way}")
     places = [place for place in found if place.startswith(prefix)]
     if not places:
         sys.exit(f"--prefix {prefix}: {path} has {', '.join(found)}")
@@ -216,8 +216,8 @@ def knn_accuracy(bank, labels, queries, truth, k=200, temperature=0.1):
 
 # ------------------------------------------------------------------ 4. The linear layer
 def fit(layer, h, y, decay, covariance):
-    """Minimizes mean cross-entropy + decay / 2 * |weight|^2. It curves by at most covariance / 2
-    + decay (Boehning 1992); in units, a root of its inverse, that make it 1, L-BFGS is fast."""
+    """Minimizes mean cross-entropy + decay / 2 * |weight|^2. It curves by at most
+    covariance / 2 + decay (Boehning 1992); in units that make this 1, L-BFGS is fast."""
     curvature = covariance / 2 + decay * torch.eye(len(covariance)).to(covariance)
     units = torch.linalg.cholesky(curvature).inverse().float()  # (D, D)
     change = torch.zeros_like(layer.weight, requires_grad=True)  # (classes, D), in units
