@@ -26,6 +26,7 @@ import importlib, os, sys
 import torch
 from conftest import METHODS, Small
 from torch import distributed
+cpu = ["--device", "cpu"]  # even where GPUs are: what is tested are two processes
 begin, end = distributed.init_process_group, distributed.destroy_process_group
 distributed.init_process_group = lambda *a, **o: distributed.is_initialized() or begin(*a, **o)
 distributed.destroy_process_group = lambda: None
@@ -46,12 +47,12 @@ for name, kind in METHODS.items():
     out, rank = sys.argv[1], os.environ["RANK"]
     script.main([*sys.argv[2:], "--epochs", "2", "--out", f"{out}/{name}"])
     torch.save([models[0].state_dict(), seen, seeds], f"{out}/{name}{rank}.pt")
-    script.main(["--epochs", "3", "--out", f"{out}/{name}", "--resume"])
+    script.main(["--epochs", "3", "--out", f"{out}/{name}", "--resume", *cpu])
     torch.save(models[1].state_dict(), f"{out}/{name}{rank}_resumed.pt")
 """
 # Process 1 finds an older checkpoint, of another seed, in its --out, which is not shared.
 APART = """
-script.main(["--epochs", "4", "--out", f"{out}/apart{rank}", "--resume"])
+script.main(["--epochs", "4", "--out", f"{out}/apart{rank}", "--resume", *cpu])
 torch.save(models[2].state_dict(), f"{out}/apart{rank}.pt")
 """
 # A step of SimCLR with a linear network, on a half of 8 images in each process.

@@ -68,7 +68,7 @@ def test_the_toy_set_as_the_readme_makes_it(tmp_path, capsys):
     importlib.import_module("simclr").main(flags)
     probe = next(command for command in COMMANDS if "toy/checkpoint.pt --features" in command)
     features = str(tmp_path / "features.pt")
-    flags = shlex.split(probe)[3:] + ["--features", features, "--subset", "100"]
+    flags = shlex.split(probe)[3:] + ["--features", features, "--subset", "100", "--device", "cpu"]
     checkpoint = str(tmp_path / "simclr" / "checkpoint.pt")
     importlib.import_module("linear_eval").main([checkpoint, *flags])
     plot.main(["neighbors", features, str(picture)])
