@@ -524,6 +524,17 @@ def test_a_nearly_dead_feature_does_no_harm():
     assert before - after < 0.003
 
 
+def test_the_features_of_a_collapsed_network_are_fitted_too():
+    """All on one line, where rounding makes a covariance in float32 indefinite."""
+    torch.manual_seed(0)
+    h = 5 * torch.rand(2048) + 0.01 * torch.randn(1000, 1)
+    y = torch.arange(1000) % 2
+    layer, _ = linear_eval.linear_probe(h, y)
+    assert layer.weight.isfinite().all()
+    chosen = layer(h).argmax(1)
+    assert (chosen == y).float().mean() < 0.6  # nothing to be found
+
+
 def test_the_fit_is_a_minimum():
     """No gradient is left where the fit ends; first the layer is unfolded."""
     torch.manual_seed(0)
