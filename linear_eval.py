@@ -219,7 +219,7 @@ def fit(layer, h, y, decay, covariance):
     """Minimizes mean cross-entropy + decay / 2 * |weight|^2. It curves by at most
     covariance / 2 + decay (Boehning 1992); in units that make this 1, L-BFGS is fast."""
     curvature = covariance / 2 + decay * torch.eye(len(covariance)).to(covariance)
-    units = torch.linalg.cholesky(curvature).inverse().float()  # (D, D)
+    units = torch.linalg.cholesky(curvature).inverse().float()  # (D, D); all in float32 it can fail
     change = torch.zeros_like(layer.weight, requires_grad=True)  # (classes, D), in units
     settings = {"max_iter": 100, "tolerance_change": 1e-5, "line_search_fn": "strong_wolfe"}
     optimizer = torch.optim.LBFGS([change, layer.bias], **settings)
@@ -244,7 +244,7 @@ def linear_probe(h, y):
     order = torch.randperm(len(h)).to(h.device)
     h = h[order].sub_(mean).div_(std)  # one copy, features are large
     y = y[order]
-    covariance = sum(x.double().T @ x.double() for x in h.split(1000)) / len(h)  # exact
+    covariance = sum(x.double().T @ x.double() for x in h.split(1000)) / len(h)
     held = len(h) // 10
     hits = {}
     for decay in (1e-1, 1e-2, 1e-3, 1e-4, 1e-5):  # each starts where the last one ended
