@@ -219,7 +219,7 @@ def fit(layer, h, y, decay, covariance):
     """Minimizes mean cross-entropy + decay / 2 * |weight|^2. It curves by at most
     covariance / 2 + decay (Boehning 1992); in units that make this 1, L-BFGS is fast."""
     curvature = covariance / 2 + decay * torch.eye(len(covariance)).to(covariance)
-    units = torch.linalg.cholesky(curvature).inverse().float()  # (D, D); all in float32 it can fail
+    units = torch.linalg.cholesky(curvature).inverse().float()  # (D, D); float32 could fail
     change = torch.zeros_like(layer.weight, requires_grad=True)  # (classes, D), in units
     settings = {"max_iter": 100, "tolerance_change": 1e-5, "line_search_fn": "strong_wolfe"}
     optimizer = torch.optim.LBFGS([change, layer.bias], **settings)
