@@ -19,6 +19,7 @@ Differs from the paper: ResNet-18, SimSiam's views, SGD without warm-up (rates a
 import argparse
 import math
 import sys
+import time
 from copy import deepcopy
 from glob import glob
 from pathlib import Path
@@ -35,30 +36,39 @@ from torchvision import datasets, models
 def random_resized_crop(x):
     """A random box of each image, resized to the image's size: x (B, 3, S, S)."""
     S = x.shape[-1]
-    area = S**2 * x.new_empty(len(x), 10, 1).uniform_(0.2, 1)  # of ten boxes, in pixels
-    ratio = (4 / 3) ** x.new_empty(len(x), 10, 1).uniform_(-1, 1)  # width to height
-    boxes = torch.cat([area * ratio, area / ratio], 2).sqrt().round()  # (B, 10, 2) sides
-    boxes = F.pad(boxes, (0, 0, 0, 1), value=S)  # (B, 11, 2): the last is the whole image
-    first = (boxes <= S).all(2).float().argmax(1)  # the first box that fits is taken
-    box = boxes.take_along_dim(first[:, None, None], 1)[:, 0]  # (B, 2) width, height
-    corner = (torch.rand_like(box) * (S - box + 1)).floor()  # (B, 2) left, top
-    # affine_grid counts from -1 at the left and top of an image to 1 at its right and bottom
-    center = (2 * corner + box) / S - 1
-    theta = torch.cat([torch.diag_embed(box / S), center[:, :, None]], 2)  # (B, 2, 3)
-    grid = F.affine_grid(theta, x.shape, align_corners=False)  # (B, S, S, 2)
+    area = S**2 * x.new_empty(len(x), 11).uniform_(0.2, 1)  # of eleven boxes, in pixels
+    ratio = x.new_empty(len(x), 11).uniform_(math.log(3 / 4), math.log(4 / 3)).exp()
+    area[:, 10], ratio[:, 10] = S**2, 1  # ten are tried, the last is the whole image
+    width, height = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()  # (B, 11)
+    fits = (width <= S) & (height <= S)
+    first = fits.int().argmax(1, keepdim=True)  # (B, 1): the first that fits
+    width, height = width.gather(1, first), height.gather(1, first)  # (B, 1) each
+    left = (torch.rand_like(width) * (S - width + 1)).floor()  # 0, 1, ..., S - width
+    top = (torch.rand_like(height) * (S - height + 1)).floor()
+    # Where the view's columns and rows lie in the image, in pixels
+    middles = (torch.arange(S, device=x.device) + 0.5) / S  # (S,): 0 to 1 across the box
+    columns = (left + width * middles)[:, None, :].expand(-1, S, -1)  # (B, S, S)
+    rows = (top + height * middles)[:, :, None].expand(-1, -1, S)  # (B, S, S)
+    grid = torch.stack([columns, rows], 3) * 2 / S - 1  # -1 left or top, 1 right or bottom
     return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
 
 
 def rotate_hue(x, turns):
-    """Turn the hue of RGB images x (B, 3, S, S) in 0-1 by turns (B, 1, 1), 1 a full one."""
-    r, g, b = x.unbind(1)  # (B, S, S) each
-    value, chroma = x.amax(1), x.amax(1) - x.amin(1)
-    unit = chroma.clamp(min=1e-8)  # gray has no chroma, and any hue
-    # RGB to hue, in sixths of the circle (red at 0, green at 2, blue at 4), and back
-    hue = torch.where(value == g, 2 + (b - r) / unit, 4 + (r - g) / unit)
-    hue = torch.where(value == r, (g - b) / unit, hue) + 6 * turns
-    k = torch.stack([5 + hue, 3 + hue, 1 + hue], 1) % 6  # r, g, b fall at 0-1, rise at 3-4
-    return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
+    """Turn the hue of RGB images x (B, 3, S, S) by turns (B, 1, 1, 1) of the color circle."""
+    r, g, b = x.split(1, dim=1)  # (B, 1, S, S) each
+    largest = x.amax(1, keepdim=True)
+    chroma = largest - x.amin(1, keepdim=True)
+    divisor = chroma.clamp(min=1e-8)  # not 0 for gray, which has any hue
+    # Hue, in sixths of the circle from red (0) to green (2) and blue (4): near the largest
+    hue = 4 + (r - g) / divisor  # if that is blue
+    hue = torch.where(largest == g, 2 + (b - r) / divisor, hue)
+    hue = torch.where(largest == r, (g - b) / divisor, hue)
+    hue = hue + 6 * turns
+    # Back: a channel is full up to one sixth away from its own hue, and lowest from two on
+    away = torch.cat([hue, hue - 2, hue - 4], 1)  # (B, 3, S, S)
+    away = ((away + 3) % 6 - 3).abs()  # from -3 to 3 around the circle; as a distance
+    dip = (away - 1).clamp(0, 1)  # 0: full, 1: lowest
+    return largest - chroma * dip
 
 
 def augment(images, solarize=0.0):
@@ -69,38 +79,41 @@ def augment(images, solarize=0.0):
 
     x = random_resized_crop(images / 255)
     x = torch.where(draw(0, 1) < 0.5, x.flip(3), x)
+    changes = ["brightness", "contrast", "saturation", "hue"]
     jittered = x
-    for change in torch.randperm(4).tolist():  # one order a call; drawn on the CPU: no wait
+    for i in torch.randperm(4).tolist():  # one order for all; on the CPU: no wait for a GPU
         gray = TF.rgb_to_grayscale(jittered)  # (B, 1, S, S)
-        black, mean = 0 * gray, gray.mean((2, 3), keepdim=True)
-        if change < 3:  # toward the other image (below 1) or away from it
-            other = (black, mean, gray)[change]  # for brightness, contrast, saturation
-            jittered = torch.lerp(other, jittered, draw(0.6, 1.4)).clamp(0, 1)
+        if changes[i] == "brightness":
+            jittered = draw(0.6, 1.4) * jittered
+        elif changes[i] == "contrast":
+            mean = gray.mean((2, 3), keepdim=True)  # (B, 1, 1, 1)
+            jittered = mean + draw(0.6, 1.4) * (jittered - mean)
+        elif changes[i] == "saturation":
+            jittered = gray + draw(0.6, 1.4) * (jittered - gray)
         else:
-            jittered = rotate_hue(jittered, draw(-0.1, 0.1)[:, 0])
+            jittered = rotate_hue(jittered, draw(-0.1, 0.1))
+        jittered = jittered.clamp(0, 1)
     x = torch.where(draw(0, 1) < 0.8, jittered, x)
     x = torch.where(draw(0, 1) < 0.2, TF.rgb_to_grayscale(x), x)
-    if x.shape[-1] > 64:  # smaller images stay sharp; kernel: a tenth of the side
-        sigma = torch.empty(1).uniform_(0.1, 2).item()  # one a call
-        blurred = TF.gaussian_blur(x, x.shape[-1] // 20 * 2 + 1, sigma)
+    if x.shape[-1] > 64:  # no blur for CIFAR-10, SimSiam App. D
+        sigma = torch.empty(1).uniform_(0.1, 2).item()  # in pixels, one for all
+        width = x.shape[-1] // 20 * 2 + 1  # of the kernel: a tenth of the side, 23 for 224
+        blurred = TF.gaussian_blur(x, [width, 1], sigma)  # along rows, then along columns:
+        blurred = TF.gaussian_blur(blurred, [1, width], sigma)  # the same as both at once
         x = torch.where(draw(0, 1) < 0.5, blurred, x)
     return torch.where((draw(0, 1) < solarize) & (x >= 0.5), 1 - x, x)  # invert bright values
 
 
 def normalize(x, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)):
-    """Pictures x (B, 3, S, S) in 0-1, by mean and deviation of ImageNet's r, g, b."""
+    """Pictures x (B, 3, S, S) in 0-1, by ImageNet's mean and deviation of r, g, b. As tensors
+    these would have to be copied to the GPU, and that is waited for."""
     return torch.stack([(c - m) / s for c, m, s in zip(x.unbind(1), mean, std)], 1)
-
-
-def two_views(images):
-    """x1, x2 for the loss: two random views of each image, (B, 3, S, S) in 0-1 each."""
-    return augment(images), augment(images, solarize=0.2)
 
 
 # ------------------------------------------------------------------ 2. Model
 def build_backbone(arch, size):
     """torchvision's ResNet without its classifier: (B, 3, size, size) -> (B, 512 or 2048)."""
-    backbone = models.get_model(arch, zero_init_residual=True)
+    backbone = models.get_model(arch, zero_init_residual=True)  # blocks add nothing at first
     backbone.fc = nn.Identity()
     if size <= 64:  # a stem that keeps the resolution, SimCLR App. B.9
         backbone.conv1 = nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)
@@ -125,18 +138,18 @@ def mlp(inputs, hidden, dim):
 
 
 class BYOL(nn.Module):
-    """Each view predicts the other's target. backbone: a ResNet with identity fc."""
+    """Each view predicts the other's target. backbone: a ResNet, its fc an identity."""
 
     def __init__(self, backbone, hidden=4096, dim=256):
         super().__init__()
         self.backbone = backbone
-        self.projector = mlp(backbone.inplanes, hidden, dim)
+        self.projector = mlp(backbone.inplanes, hidden, dim)  # inplanes: 512 or 2048 features
         self.predictor = mlp(dim, hidden, dim)
         self.target = deepcopy(nn.Sequential(backbone, self.projector)).requires_grad_(False)
 
     def forward(self, x1, x2):
-        """Two views (B, 3, S, S) -> the two losses' sum; p1 (B, dim), alike if collapsed."""
-        h1, h2 = self.backbone(x1), self.backbone(x2)  # features (B, inplanes)
+        """Two views (B, 3, S, S) -> the sum of both losses, and p1 (B, dim) for spread."""
+        h1, h2 = self.backbone(x1), self.backbone(x2)  # features (B, 512 or 2048)
         z1, z2 = self.projector(h1), self.projector(h2)  # projections (B, dim)
         p1, p2 = self.predictor(z1), self.predictor(z2)  # predictions (B, dim)
         t1, t2 = self.target(x1).detach(), self.target(x2).detach()  # targets (B, dim)
@@ -150,171 +163,224 @@ class BYOL(nn.Module):
 
 
 def train_step(network, optimizer, x, bf16):
-    """One update by images x (B, 3, S, S) uint8 -> the loss, and what shows collapse."""
-    x1, x2 = two_views(x)
+    """One update by images x (B, 3, S, S) uint8 -> the loss and p1, without gradients."""
+    x1, x2 = augment(x), augment(x, solarize=0.2)
     with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
-        loss, watched = network(normalize(x1), normalize(x2))
+        loss, p1 = network(normalize(x1), normalize(x2))
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
-    return loss.detach(), watched.detach()
+    return loss.detach(), p1.detach()
 
 
 # ------------------------------------------------------------------ 4. Data
+def track(items, name):
+    """The items one by one; on a terminal a line that rewrites itself says how far it is."""
+    for i, item in enumerate(items):
+        if sys.stdout.isatty():
+            print(f"{name}  {i}/{len(items)}".ljust(40), end="\r", flush=True)
+        yield item
+
+
 def list_images(args, split):
     """[(picture or path, label)] of "train" or "test"; label -1: none."""
+    if args.data == "stl10":
+        part = "train+unlabeled" if split == "train" else "test"
+        return datasets.STL10("data", part, download=True)
     if args.data in ("cifar10", "cifar100"):
         dataset = getattr(datasets, args.data.upper())
         return dataset("data", train=split == "train", download=True)
-    files = sorted(glob("**/*", root_dir=args.data, recursive=True))  # skips hidden files
-    files = [Path(file) for file in files if datasets.folder.is_image_file(file)]
-    train = [file for file in files if file.parts[0] == "train"]
-    names = sorted({file.parts[1] for file in train if len(file.parts) > 2})
+
+    def find(pattern):
+        files = sorted(glob(pattern, root_dir=args.data, recursive=True))  # no hidden ones
+        return [Path(file) for file in files if datasets.folder.is_image_file(file)]
+
+    files = {"train": find("train/*/**/*"), "test": find("test/*/**/*")}  # as train/cat/1.jpg
+    names = sorted({file.parts[1] for file in files["train"]})
     if not names:  # without classes: the images in train/, or all there are
-        unlabeled = [(Path(args.data, file), -1) for file in train or files]
-        return unlabeled if split == "train" else []
-    labeled = [file for file in files if file.parts[0] == split and len(file.parts) > 2]
-    return [(Path(args.data, file), names.index(file.parts[1])) for file in labeled]
+        files = {"train": find("train/**/*") or find("**/*"), "test": []}
+        if not files["train"]:
+            sys.exit(f"--data {args.data}: no images (nor is it cifar10, cifar100 or stl10)")
+        if split == "train":  # to say it once
+            print(f"no labels: classes are the folders in {args.data}/train")
+        return [(Path(args.data, file), -1) for file in files[split]]
+    if not files["test"] and split == "train":
+        print(f"no test images in {args.data}/test: no kNN")
+    for file in files["test"]:
+        if file.parts[1] not in names:
+            sys.exit(f"{args.data}/{file}: there is no class {file.parts[1]} in train")
+    return [(Path(args.data, file), names.index(file.parts[1])) for file in files[split]]
 
 
 def load_split(args, split):
-    """Images (N, 3, size, size) uint8 and labels (N,), always in the same random order."""
+    """Images (N, 3, size, size) uint8 and labels (N,), in a fixed random order (--subset)."""
     listed = list_images(args, split)
     order = torch.randperm(len(listed), generator=torch.Generator().manual_seed(0))[: args.subset]
     images = torch.empty(len(order), 3, args.size, args.size, dtype=torch.uint8)
-    labels = torch.empty(len(order), dtype=torch.int64)
-    for row, i in enumerate(order.tolist()):
-        source, labels[row] = listed[i]
+    labels = []
+    for i in track(order.tolist(), f"{split} images"):
+        source, label = listed[i]
         try:
             picture = Image.open(source) if isinstance(source, Path) else source
-            assert not picture.mode.startswith(("I", "F")), "more than 8 bits a channel"
+            if picture.mode.startswith(("I", "F")):
+                raise ValueError("more than 8 bits a channel")
             picture = ImageOps.exif_transpose(picture).convert("RGB")  # upright
             picture = TF.center_crop(TF.resize(picture, args.size), args.size)
-            images[row] = TF.pil_to_tensor(picture)
+            images[len(labels)] = TF.pil_to_tensor(picture)  # no gap behind a broken one
+            labels.append(label)
         except Exception as error:
-            sys.exit(f"cannot read {source}: {error}")
-    return images, labels
+            print(f"passed over {source}: {error}")
+    return images[: len(labels)], torch.tensor(labels, dtype=torch.int64)
 
 
 # ------------------------------------------------------------------ 5. Monitoring
 @torch.no_grad()
-def compute_features(backbone, images, device):
-    """Features (N, D) of images (N, 3, S, S) uint8, with the backbone in eval mode."""
+def compute_features(backbone, images, wanted, device):
+    """Features (M, D) of images (N, 3, S, S) uint8, of which the mask wanted (N,) has M."""
+    rows = wanted.nonzero().flatten().split(100)
     backbone.eval()
-    features = [backbone(normalize(x.to(device) / 255)) for x in images.split(100)]
+    features = [backbone(normalize(images[i].to(device) / 255)) for i in track(rows, "kNN")]
     backbone.train()
     return torch.cat(features)
 
 
 def knn_accuracy(bank, labels, queries, truth, k=200, temperature=0.1):
     """Top-1 in %: the k nearest in the bank vote on the class. Wu et al. 2018, Sec. 3.4."""
-    similarity = F.normalize(queries) @ F.normalize(bank).T  # (M, N)
-    cosine, nearest = similarity.topk(min(k, len(bank)))  # (M, k)
-    votes = torch.zeros(len(queries), int(labels.max()) + 1)  # (M, classes)
-    votes.scatter_add_(1, labels[nearest.cpu()], (cosine.cpu() / temperature).exp())
-    return 100 * (votes.argmax(1) == truth).float().mean().item()
+    bank, hits = F.normalize(bank), []
+    for part, y in zip(F.normalize(queries).split(1000), truth.split(1000)):  # to save memory
+        cosine, nearest = (part @ bank.T).topk(min(k, len(bank)))  # (1000, k)
+        weights = (cosine.cpu() / temperature).exp()  # of the votes
+        votes = torch.zeros(len(part), int(labels.max()) + 1)  # (1000, classes)
+        votes.scatter_add_(1, labels[nearest.cpu()], weights)  # each neighbor for its class
+        hits.append(votes.argmax(1) == y)
+    return 100 * torch.cat(hits).float().mean().item()
 
 
 def spread(p):
-    """As SimSiam's Fig. 2, times sqrt(dim): 0 if all p (B, dim) point one way, 1 if all ways."""
+    """0 if all p (B, dim) point one way, 1 if all ways, when a coordinate of the unit vectors
+    deviates by 1 / sqrt(dim). SimSiam Fig. 2 shows this deviation, of z."""
     return F.normalize(p.float()).std(0).mean().item() * p.shape[1] ** 0.5
 
 
 # ------------------------------------------------------------------ 6. Training
-def parse_args(argv=None, **defaults):
+def parse_args(argv=None, **saved_flags):
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add, switch = parser.add_argument, argparse.BooleanOptionalAction
-    add("--data", default="cifar10", help="cifar10, cifar100, a folder: train/NAME/, or unlabeled")
+    add, switch = parser.add_argument, argparse.BooleanOptionalAction  # switch: --x, --no-x
+    add("--data", default="cifar10", help="cifar10, cifar100, stl10, or a folder of images")
     add("--size", type=int, default=32, help="side of the images in pixels")
     add("--subset", type=int, help="take that many images of each split, always the same")
-    add("--arch", default="resnet18", choices=["resnet18", "resnet34", "resnet50"])
+    add("--arch", default="resnet18", choices=["resnet18", "resnet50"])
     add("--epochs", type=int, default=100, help="passes; the lr falls to 0 by the last")
     add("--batch-size", type=int, default=512, help="images a step, each in two views")
     add("--lr", type=float, default=0.03, help="learning rate per 256 images of the batch")
     add("--weight-decay", type=float, default=2e-3, help="L2 penalty")
     add("--seed", type=int, default=0, help="of weights, order and augmentation")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="or cuda:1")
-    add("--bf16", action=switch, help="compute in bfloat16, None: on a GPU that has it")
+    add("--bf16", action=switch, help="compute in bfloat16; if unsaid, where a GPU has it")
     add("--out", default=f"runs/{Path(__file__).stem}", help="folder of the run")
-    add("--resume", action="store_true", help="go on from --out, by its flags unless given")
+    add("--resume", action="store_true", help="go on with the run in --out, by its flags")
     add("--ema-decay", type=float, default=0.99, help="tau, of the target; rises to 1 (Sec. 3.3)")
-    return parser.parse_args(argv, argparse.Namespace(**defaults))  # what argv gives wins
+    parser.set_defaults(**saved_flags)
+    return parser.parse_args(argv)
+
+
+def save(args, epoch, log, network, optimizer):
+    """Write log.csv and checkpoint.pt, which has all that --resume needs."""
+    Path(args.out, "log.csv").write_text("\n".join(log) + "\n")
+    asked = {k: v for k, v in vars(args).items() if k not in ("device", "out", "resume")}
+    state = {"epoch": epoch, "log": log, "args": asked, "network": network.state_dict()}
+    state["backbone"] = network.backbone.state_dict()  # for use elsewhere
+    state["optimizer"] = optimizer.state_dict()
+    torch.save(state, Path(args.out, "checkpoint.tmp"))
+    Path(args.out, "checkpoint.tmp").replace(Path(args.out, "checkpoint.pt"))  # as a whole
 
 
 def main(argv=None):
     args = parse_args(argv)
     checkpoint = Path(args.out, "checkpoint.pt")
-    saved = {"epoch": 0, "log": []}
-    if args.resume and checkpoint.exists():
+    saved = {"epoch": 0, "log": ["epoch,loss,spread,lr,seconds,kNN"]}
+    if args.resume and not checkpoint.exists():
+        sys.exit(f"--resume: there is no {checkpoint}")
+    if args.resume:
         saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        args = parse_args(argv, **{**saved["args"], "out": args.out})
-    if Path(args.out).exists() and not args.resume:
+        args = parse_args(argv, **saved["args"])  # flags given now come first
+    elif Path(args.out).exists():
         sys.exit(f"{args.out} exists: go on with --resume, or choose another --out")
     gpu = args.device.startswith("cuda")
-    if args.bf16 is None:
-        args.bf16 = gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+    bf16 = args.bf16
+    if bf16 is None:
+        bf16 = gpu and torch.cuda.is_bf16_supported(including_emulation=False)
 
     # Data
     images, labels = load_split(args, "train")
     test_images, test_labels = load_split(args, "test")
-    classes = len(labels[labels >= 0].unique())
+    known = labels >= 0  # in STL-10 not all
+    classes = len(labels[known].unique())
     steps = len(images) // args.batch_size  # of full batches
     if steps == 0:
         sys.exit(f"--data {args.data}: {len(images)} images, less than one --batch-size")
-    if gpu and images.nbytes < torch.cuda.mem_get_info(args.device)[0] / 2:
+    if gpu and images.nbytes < torch.cuda.mem_get_info(args.device)[0] / 3:
         images = images.to(args.device)
-    print(f"{len(images)} images, {classes} classes, {len(test_images)} to test", args, flush=True)
-    Path(args.out).mkdir(parents=True, exist_ok=args.resume)
+    print(f"{len(images)} images, {classes} classes, {len(test_images)} to test", args)
 
     # Network
     torch.manual_seed(args.seed)
     network = BYOL(build_backbone(args.arch, args.size))
     network.to(args.device, memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(network.parameters(), momentum=0.9)
+    optimizer = torch.optim.SGD(network.parameters(), args.lr, momentum=0.9)  # more below
 
-    # Go on from a checkpoint
-    if saved["epoch"] > 0:
+    # Go on from a checkpoint, or begin
+    log = saved["log"]
+    if args.resume:
         network.load_state_dict(saved["network"])
         optimizer.load_state_dict(saved["optimizer"])
+    else:
+        Path(args.out).mkdir(parents=True)
+        save(args, 0, log, network, optimizer)  # so that --resume knows the flags
 
     # Train
+    saved_at = time.time()
     for epoch in range(saved["epoch"] + 1, args.epochs + 1):
         torch.manual_seed(10_000 * args.seed + epoch)  # so that a resumed run draws the same
+        began = time.time()
         batches = torch.randperm(len(images)).to(images.device).split(args.batch_size)[:steps]
         total = torch.zeros((), device=args.device)
-        for step, rows in enumerate(batches, start=(epoch - 1) * steps):
-            anneal = (1 + math.cos(math.pi * (step + 0.5) / (args.epochs * steps))) / 2  # 1 to 0
+        for step, rows in enumerate(track(batches, f"epoch {epoch}")):
+            done = (epoch - 1 + (step + 0.5) / steps) / args.epochs  # share, at mid-step
+            anneal = (1 + math.cos(math.pi * done)) / 2  # 1 to 0
             lr = args.lr * args.batch_size / 256 * anneal
             optimizer.param_groups[0].update(lr=lr, weight_decay=args.weight_decay)
-            loss, watched = train_step(network, optimizer, images[rows].to(args.device), args.bf16)
+            loss, p1 = train_step(network, optimizer, images[rows].to(args.device), bf16)
             network.update_target((1 - args.ema_decay) * anneal)  # tau rises to 1
             total += loss  # not .item(): the host would wait for the GPU
-
-        # Report
         loss = total.item() / steps
-        meter = spread(watched)
+        seconds = time.time() - began
         assert math.isfinite(loss), "the loss is not finite: lower --lr"
+
+        # Save, then measure, since memory may end in that
+        meter = spread(p1)  # of the last batch
+        log.append(f"{epoch},{loss},{meter},{lr},{seconds:.1f},")  # kNN is to follow
         measure = epoch % math.ceil(args.epochs / 10) == 0 or epoch == args.epochs
+        if measure or time.time() - saved_at > 60:
+            save(args, epoch, log, network, optimizer)
+            saved_at = time.time()
         knn = ""
         if measure and classes > 1 and len(test_images) > 0:
-            bank = compute_features(network.backbone, images, args.device)
-            queries = compute_features(network.backbone, test_images, args.device)
-            knn = round(knn_accuracy(bank, labels, queries, test_labels), 2)
-        word = "collapsed?" if meter < 0.1 else ""
-        print(f"epoch {epoch}  loss {loss:.4f}  spread {meter:.3f}  kNN {knn} {word}", flush=True)
-        saved["log"].append(f"{epoch},{loss},{meter},{knn},{lr}\n")
-        Path(args.out, "log.csv").write_text("epoch,loss,spread,kNN,lr\n" + "".join(saved["log"]))
-
-        # Save
-        if measure:
-            saved |= {"epoch": epoch, "args": {"method": "BYOL", **vars(args)}}
-            saved["backbone"] = network.backbone.state_dict()
-            saved["network"] = network.state_dict()
-            saved["optimizer"] = optimizer.state_dict()
-            torch.save(saved, checkpoint.with_suffix(".tmp"))
-            checkpoint.with_suffix(".tmp").replace(checkpoint)  # a killed run leaves no half
+            bank = compute_features(network.backbone, images, known, args.device)
+            queries = compute_features(network.backbone, test_images, test_labels >= 0, args.device)
+            knn = f"{knn_accuracy(bank, labels[known], queries, test_labels):.2f}"
+            log[-1] += knn
+            save(args, epoch, log, network, optimizer)
+        print(f"epoch {epoch}  loss {loss:.4f}  spread {meter:.3f}  kNN {knn:5}  {seconds:.1f} s")
 
 
 if __name__ == "__main__":
     torch.backends.cudnn.benchmark = True  # looks for the fastest convolutions
-    main()
+    sys.stdout.reconfigure(line_buffering=True)  # each line at once, in a file as well
+    try:
+        main()
+    except KeyboardInterrupt:
+        out = parse_args().out
+        if not Path(out, "checkpoint.pt").exists():
+            sys.exit("\nstopped before the first epoch: nothing to go on from yet")
+        sys.exit(f"\nstopped: go on with --resume --out {out}")

@@ -150,18 +150,31 @@ def load_backbone(path, prefix="", max_pool=None):
 # ------------------------------------------------------------------ 2. Data
 def list_images(args, split):
     """[(picture or path, label)] of "train" or "test"; label -1: none."""
+    if args.data == "stl10":
+        return datasets.STL10("data", split, download=True)  # the labeled images alone
     if args.data in ("cifar10", "cifar100"):
         dataset = getattr(datasets, args.data.upper())
         return dataset("data", train=split == "train", download=True)
-    files = sorted(glob("**/*", root_dir=args.data, recursive=True))  # skips hidden files
-    files = [Path(file) for file in files if datasets.folder.is_image_file(file)]
-    train = [file for file in files if file.parts[0] == "train"]
-    names = sorted({file.parts[1] for file in train if len(file.parts) > 2})
+
+    def find(pattern):
+        files = sorted(glob(pattern, root_dir=args.data, recursive=True))  # no hidden ones
+        return [Path(file) for file in files if datasets.folder.is_image_file(file)]
+
+    files = {"train": find("train/*/**/*"), "test": find("test/*/**/*")}  # as train/cat/1.jpg
+    names = sorted({file.parts[1] for file in files["train"]})
     if not names:  # without classes: the images in train/, or all there are
-        unlabeled = [(Path(args.data, file), -1) for file in train or files]
-        return unlabeled if split == "train" else []
-    labeled = [file for file in files if file.parts[0] == split and len(file.parts) > 2]
-    return [(Path(args.data, file), names.index(file.parts[1])) for file in labeled]
+        files = {"train": find("train/**/*") or find("**/*"), "test": []}
+        if not files["train"]:
+            sys.exit(f"--data {args.data}: no images (nor is it cifar10, cifar100 or stl10)")
+        if split == "train":  # to say it once
+            print(f"no labels: classes are the folders in {args.data}/train")
+        return [(Path(args.data, file), -1) for file in files[split]]
+    if not files["test"] and split == "train":
+        print(f"no test images in {args.data}/test: no kNN")
+    for file in files["test"]:
+        if file.parts[1] not in names:
+            sys.exit(f"{args.data}/{file}: there is no class {file.parts[1]} in train")
+    return [(Path(args.data, file), names.index(file.parts[1])) for file in files[split]]
 
 
 def load_picture(source, size):
@@ -180,11 +193,9 @@ def load_picture(source, size):
 @torch.no_grad()
 def extract_features(backbone, args, split):
     """Of a split's images, always in the same random order and not augmented: {"features":
-    (N, D), "labels": (N,), "paths": N paths, or for CIFAR N places in the data set}."""
+    (N, D), "labels": (N,), "paths": N paths, or N places in a built-in set}."""
     backbone.eval().to(args.device, memory_format=torch.channels_last)
     listed = list_images(args, split)
-    if split == "train" and len(listed) == 0:
-        sys.exit(f"--data {args.data}: there are no images in it")
     order = torch.randperm(len(listed), generator=torch.Generator().manual_seed(0))[: args.subset]
     features = torch.empty(len(order), backbone.inplanes)
     labels = torch.empty(len(order), dtype=torch.int64)
@@ -199,7 +210,7 @@ def extract_features(backbone, args, split):
             features[batch] = backbone(TF.normalize(x, args.mean, args.std)).cpu()
             labels[batch] = torch.tensor([label for _, label in items])
             paths += [str(source) for source in sources]
-    if args.data in ("cifar10", "cifar100"):  # whose pictures have no path
+    if isinstance(listed, datasets.VisionDataset):  # whose pictures have no path
         paths = order.tolist()
     print(f"{split}: {len(order)} images of {args.size} px, {backbone.inplanes} features")
     return {"features": features, "labels": labels, "paths": paths}
@@ -207,11 +218,14 @@ def extract_features(backbone, args, split):
 
 def knn_accuracy(bank, labels, queries, truth, k=200, temperature=0.1):
     """Top-1 in %: the k nearest in the bank vote on the class. Wu et al. 2018, Sec. 3.4."""
-    similarity = F.normalize(queries) @ F.normalize(bank).T  # (M, N)
-    cosine, nearest = similarity.topk(min(k, len(bank)))  # (M, k)
-    votes = torch.zeros(len(queries), int(labels.max()) + 1)  # (M, classes)
-    votes.scatter_add_(1, labels[nearest.cpu()], (cosine.cpu() / temperature).exp())
-    return 100 * (votes.argmax(1) == truth).float().mean().item()
+    bank, hits = F.normalize(bank), []
+    for part, y in zip(F.normalize(queries).split(1000), truth.split(1000)):  # to save memory
+        cosine, nearest = (part @ bank.T).topk(min(k, len(bank)))  # (1000, k)
+        weights = (cosine.cpu() / temperature).exp()  # of the votes
+        votes = torch.zeros(len(part), int(labels.max()) + 1)  # (1000, classes)
+        votes.scatter_add_(1, labels[nearest.cpu()], weights)  # each neighbor for its class
+        hits.append(votes.argmax(1) == y)
+    return 100 * torch.cat(hits).float().mean().item()
 
 
 # ------------------------------------------------------------------ 4. The linear layer

@@ -74,7 +74,7 @@ def test_where_no_box_fits_the_view_is_the_whole_image(script, monkeypatch):
 
 def test_hue_equals_torchvision(script):
     torch.manual_seed(0)
-    x, turns = torch.rand(32, 3, 16, 16), torch.empty(32, 1, 1).uniform_(-0.5, 0.5)
+    x, turns = torch.rand(32, 3, 16, 16), torch.empty(32, 1, 1, 1).uniform_(-0.5, 0.5)
     x[0], x[1], x[2] = 0, 1, x[2].mean(0)  # black, white, gray
     expected = torch.stack([TF.adjust_hue(a, t.item()) for a, t in zip(x, turns)])
     torch.testing.assert_close(script.rotate_hue(x, turns), expected, atol=EXACT, rtol=0)
@@ -116,7 +116,7 @@ def reference_view(x, draws, order, blur, solarize):
     if blur:
         sigma, coin = next(draws), next(draws)
         assert 0.1 <= sigma <= 2
-        x = TF.gaussian_blur(x, blur, sigma) if coin < 0.5 else x
+        x = TF.gaussian_blur(x, blur, sigma) if coin < 0.5 else x  # by a kernel of blur x blur
     if solarize is not None:
         x = TF.solarize(x, 0.5) if next(draws) < solarize else x
     assert list(draws) == []

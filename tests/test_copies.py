@@ -11,18 +11,19 @@ from conftest import METHODS, ROOT
 
 SCRIPTS = (*METHODS, "linear_eval")
 # These differ, by the lines that test_small_diff allows
-OWN = {"main", "parse_args", "augment", "two_views"}
+OWN = {"main", "parse_args", "augment", "train_step"}
 SHARED = {
     "random_resized_crop",
     "rotate_hue",
     "normalize",
     "build_backbone",
-    "train_step",
     "list_images",
     "load_split",
+    "track",
     "compute_features",
     "knn_accuracy",
     "spread",
+    "save",
 }
 
 
@@ -48,7 +49,13 @@ def test_equal_functions_are_equal_to_the_letter(other):
 
 @pytest.mark.parametrize("name", ["list_images", "knn_accuracy"])
 def test_the_probe_reads_and_votes_as_the_scripts_do(name):
-    assert functions("linear_eval")[name] == functions("simsiam")[name]
+    """But for STL-10, of which it takes the labeled images alone."""
+    differ = changes(functions("simsiam")[name], functions("linear_eval")[name])
+    if name == "list_images":
+        assert all("STL10" in line or "unlabeled" in line for line in differ)
+        assert len(differ) == 3
+    else:
+        assert differ == []
 
 
 def test_banners_agree():
@@ -66,14 +73,14 @@ def changes(a, b):
 def test_small_diff(other):
     assert len(changes(source("simsiam"), source(other))) <= 100
     a, b = functions("simsiam"), functions(other)
-    limits = {"main": 10, "parse_args": 10, "augment": 7, "two_views": 4}
+    limits = {"main": 10, "parse_args": 10, "augment": 7, "train_step": 10}
     assert {name for name in OWN if len(changes(a[name], b[name])) > limits[name]} == set()
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_length_and_width(name):
     lines = source(name).splitlines()
-    assert len(lines) <= 320
+    assert len(lines) <= (386 if name == "byol" else 378)
     assert [i for i, line in enumerate(lines, 1) if len(line) > 100] == []
 
 
@@ -90,9 +97,10 @@ def test_air(name):
     assert "3" not in wide
     assert len(wide) <= 10
     main = functions(name)["main"]
-    assert len(main.splitlines()) <= 75
-    headings = [line.strip("# ") for line in main.splitlines() if line.strip().startswith("#")]
-    assert headings == ["Data", "Network", "Go on from a checkpoint", "Train", "Report", "Save"]
+    assert len(main.splitlines()) <= 80
+    headings = [line.split() for line in main.splitlines() if line.strip().startswith("# ")]
+    first = [words[1].strip(",") for words in headings]
+    assert first == ["Data", "Network", "Go", "Train", "Save"]
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -116,6 +124,7 @@ def test_a_lone_copy_runs(name, folder, tmp_path):
     command = [sys.executable, f"{name}.py", *flags]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert (result.returncode, result.stderr) == (0, "")
+    assert "\r" not in result.stdout  # which is no terminal
     assert (tmp_path / "runs" / name / "checkpoint.pt").exists() == (name != "linear_eval")
 
 

@@ -2,12 +2,14 @@
 
 import hashlib
 import pickle
+import re
 import tarfile
 import urllib.response
 
 import numpy as np
 import pytest
 import torch
+from conftest import shrink
 from PIL import Image
 from torchvision import datasets
 
@@ -110,15 +112,34 @@ def test_labels_are_numbered_by_train_in_test_as_well(script, tmp_path):
         ([], {}),
     ],
 )
-def test_the_test_split(script, tmp_path, others, expected):
+def test_the_test_split(script, tmp_path, capsys, others, expected):
     draw_folders(tmp_path, ["train/a/1.png", "train/b/1.png", *others])
     assert grays(script, tmp_path, "test") == expected
+    assert capsys.readouterr().out == ""
+    grays(script, tmp_path)  # before the first picture is decoded
+    note = "" if expected else f"no test images in {tmp_path}/test: no kNN\n"
+    assert capsys.readouterr().out == note
 
 
-def test_a_class_that_train_lacks_is_named(script, tmp_path):
+@pytest.mark.parametrize("names", [["cat/1.png", "dog/1.png"], ["1.png"], ["train/1.png"]])
+def test_without_classes_it_says_where_they_would_be(script, tmp_path, capsys, names):
+    draw_folders(tmp_path, names)
+    images, labels = load(script, data=str(tmp_path), size=9)
+    assert labels.tolist() == [-1] * len(names)
+    assert capsys.readouterr().out == f"no labels: classes are the folders in {tmp_path}/train\n"
+    assert len(load(script, "test", data=str(tmp_path), size=9)[0]) == 0
+    assert capsys.readouterr().out == ""
+
+
+def test_a_class_that_train_lacks_is_named(script, tmp_path, monkeypatch):
+    """Before a picture of either split is decoded."""
     draw_folders(tmp_path, ["train/a/1.png", "train/b/1.png", "test/a/1.png", "test/zebra/1.png"])
-    with pytest.raises(ValueError, match="zebra"):
-        grays(script, tmp_path, "test")
+    monkeypatch.setattr(script.Image, "open", None)
+    message = f"{tmp_path}/test/zebra/1.png: there is no class zebra in train"
+    for split in ("train", "test"):
+        with pytest.raises(SystemExit) as error:
+            load(script, split, data=str(tmp_path), size=9)
+        assert str(error.value) == message
 
 
 def test_a_folder_with_brackets_and_spaces_in_its_name(script, tmp_path):
@@ -148,31 +169,27 @@ def test_endings_that_are_not(script, tmp_path):
     for name in ("x.txt", "x.mp4", "x.json", "png"):
         (tmp_path / name).write_text("no image")
     Image.new("RGB", (9, 9)).save(tmp_path / "x.pdf")
-    assert len(load(script, data=str(tmp_path), size=9)[0]) == 0
+    with pytest.raises(SystemExit) as error:
+        load(script, data=str(tmp_path), size=9)
+    sentence = f"--data {tmp_path}: no images (nor is it cifar10, cifar100 or stl10)"
+    assert str(error.value) == sentence
 
 
-@pytest.mark.parametrize(
-    ("damage", "mode"),
-    [("truncated", ""), ("empty", ""), ("text", ""), ("", "I;16"), ("", "I"), ("", "F")],
-)
-def test_an_image_that_cannot_be_read_is_named(script, tmp_path, damage, mode):
-    path = tmp_path / "broken.tif"
-    if mode:
-        Image.new(mode, (9, 9), 200).save(path)
-    else:
-        pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
-        Image.fromarray(pixels).save(path)
-        data = {"truncated": path.read_bytes()[:5000], "empty": b"", "text": b"hello"}[damage]
-        path.write_bytes(data)
-    reason = "more than 8 bits a channel" if mode else ".{8}"
-    with pytest.raises(SystemExit, match=rf"cannot read .*broken\.tif: {reason}"):
-        load(script, data=str(tmp_path), size=8)
-
-
-def test_a_16_bit_pgm_is_refused(script, tmp_path):
-    (tmp_path / "x.pgm").write_bytes(b"P5 2 2 65535 " + bytes(8))
-    with pytest.raises(SystemExit, match=r"x\.pgm: more than 8 bits"):
-        load(script, data=str(tmp_path), size=8)
+@pytest.mark.parametrize("damage", ["truncated", "empty", "text"])
+def test_an_image_that_cannot_be_read_is_named_and_passed_over(script, tmp_path, capsys, damage):
+    """Its place is left to none: labels and images still agree."""
+    draw_folders(tmp_path, [f"train/{name}/{i}.png" for name in "abc" for i in range(4)])
+    before = grays(script, tmp_path)
+    path = tmp_path / "train" / "b" / "broken.png"
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    Image.fromarray(pixels).save(path)
+    data = {"truncated": path.read_bytes()[:5000], "empty": b"", "text": b"hello"}[damage]
+    path.write_bytes(data)
+    capsys.readouterr()
+    assert grays(script, tmp_path) == before
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    assert re.fullmatch(rf"passed over {path}: .{{8,}}", lines[1])
 
 
 def test_photos_are_turned_upright(script, tmp_path):
@@ -238,6 +255,75 @@ def test_cifar_is_downloaded_and_read_exactly(script, tiny_cifar, tmp_path, monk
     images, labels = load(script, "test", **flags)
     expected = {image.tobytes(): i % 6 for i, image in enumerate(pixels[12:])}
     assert {x.numpy().tobytes(): int(y) for x, y in zip(images, labels)} == expected
+
+
+@pytest.fixture
+def tiny_stl10(monkeypatch, tmp_path):
+    """STL-10 of 6 + 4 labeled and 16 unlabeled images, where torchvision looks for it: the pixels
+    and labels of each part, (N, 3, 96, 96) and (N,)."""
+    dataset, source = datasets.STL10, tmp_path / "source"
+    folder = source / dataset.base_folder
+    folder.mkdir(parents=True)
+    random = np.random.default_rng(0)
+    labels = {"train": [1, 2, 3, 3, 2, 1], "test": [1, 2, 2, 3]}  # in the file from 1 on
+    parts = {}
+    for name, count in (("train", 6), ("test", 4), ("unlabeled", 16)):
+        pixels = random.integers(0, 256, (count, 3, 96, 96), dtype=np.uint8)
+        pixels.transpose(0, 1, 3, 2).tofile(folder / f"{name}_X.bin")  # column by column
+        parts[name] = pixels, [y - 1 for y in labels.get(name, [0] * count)]
+        if name in labels:
+            np.array(labels[name], dtype=np.uint8).tofile(folder / f"{name}_y.bin")
+    (folder / dataset.class_names_file).write_text("a\nb\nc\n")
+    (folder / dataset.folds_list_file).write_text("0 1\n")
+    for split in ("train_list", "test_list"):
+        listed = [[name, md5(folder / name)] for name, _ in getattr(dataset, split)]
+        monkeypatch.setattr(dataset, split, listed)
+    serve(monkeypatch, dataset, source, dataset.base_folder)
+    monkeypatch.chdir(tmp_path)
+    return parts
+
+
+def test_stl10_is_downloaded_and_read_exactly(script, tiny_stl10):
+    """The unlabeled images are trained on as well."""
+    for split, names in (("train", ["train", "unlabeled"]), ("test", ["test"])):
+        images, labels = load(script, split, data="stl10", size=96)
+        expected = {}
+        for name in names:
+            pixels, classes = tiny_stl10[name]
+            expected |= {x.tobytes(): y for x, y in zip(pixels, classes)}
+        assert {x.numpy().tobytes(): int(y) for x, y in zip(images, labels)} == expected
+
+
+def test_the_bank_of_stl10_is_its_labeled_images(script, tiny_stl10, tmp_path, monkeypatch, capsys):
+    """A label of -1 has no vote; every image is trained on."""
+    shrink(monkeypatch, script)
+    banks, seen = [], []
+    knn_accuracy, train_step = script.knn_accuracy, script.train_step
+
+    def spy(bank, labels, queries, truth):
+        banks.append((len(bank), labels.sort().values.tolist(), len(queries), len(truth)))
+        return knn_accuracy(bank, labels, queries, truth)
+
+    def count(network, optimizer, x, bf16):
+        seen.append(len(x))
+        return train_step(network, optimizer, x, bf16)
+
+    monkeypatch.setattr(script, "knn_accuracy", spy)
+    monkeypatch.setattr(script, "train_step", count)
+    flags = "--data stl10 --size 96 --epochs 1 --batch-size 11 --device cpu --out run"
+    script.main(flags.split())
+    assert capsys.readouterr().out.startswith("22 images, 3 classes, 4 to test ")
+    assert banks == [(6, [0, 0, 1, 1, 2, 2], 4, 4)]
+    assert sum(seen) == 22
+
+
+def test_linear_eval_takes_the_labeled_images_of_stl10(tiny_stl10, tmp_path):
+    saved = tmp_path / "features.pt"
+    flags = ["--data", "stl10", "--size", "8", "--device", "cpu", "--features", str(saved)]
+    linear_eval.main(flags)
+    for split, part in torch.load(saved).items():
+        assert sorted(part["labels"].tolist()) == sorted(tiny_stl10[split][1])
+        assert sorted(part["paths"]) == [*range(len(part["labels"]))]
 
 
 class Pixels(torch.nn.Flatten):

@@ -1,7 +1,5 @@
 """The CUDA path without a GPU: what runs where, in which precision, and that nothing travels."""
 
-import os
-
 import pytest
 import torch
 from conftest import METHODS, Small, shrink
@@ -86,8 +84,51 @@ def test_the_default_device(script, monkeypatch, gpus, expected):
     assert script.parse_args([]).device == expected
 
 
-class Resolved(Exception):
-    """The device and the precision are known."""
+class Begun(Exception):
+    """The first step."""
+
+
+@pytest.fixture
+def first_step(script, folder, tmp_path, monkeypatch):
+    """run(flags, free, gpus): the place of the images, that of the first batch, and its bf16, on a
+    machine with GPUs of free bytes. What would travel to one becomes a tensor on "meta"."""
+    shrink(monkeypatch, script)
+    places, to = [], torch.Tensor.to
+    zeros, split = torch.zeros, torch.Tensor.split
+
+    def travel(tensor, place, *args, **options):
+        return to(tensor, "meta" if str(place).startswith("cuda") else place, *args, **options)
+
+    def stop(network, optimizer, x, bf16):
+        places.extend([x.device.type, bf16])
+        raise Begun
+
+    def spy(tensor, *sizes):
+        places.append(tensor.device.type)
+        return split(tensor, *sizes)
+
+    monkeypatch.setattr(torch.nn.Module, "to", lambda module, *_, **__: module)
+    monkeypatch.setattr(torch, "zeros", lambda *shape, device="cpu", **o: zeros(*shape, **o))
+    monkeypatch.setattr(torch.Tensor, "to", travel)
+    monkeypatch.setattr(torch.Tensor, "split", spy)
+    monkeypatch.setattr(script, "train_step", stop)
+
+    def run(flags, free=2**30, gpus=2):
+        pretend(monkeypatch, gpus)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (free, 2**40))
+        if "--resume" not in flags:
+            flags += f" --data {folder} --size 8 --batch-size 16"
+        places.clear()
+        with pytest.raises(Begun):
+            script.main([*flags.split(), "--out", str(tmp_path / "run")])
+        return places
+
+    return run
+
+
+def supported(hardware):
+    """torch.cuda.is_bf16_supported of a GPU that has it, or only emulates it."""
+    return lambda including_emulation=True: including_emulation or hardware
 
 
 @pytest.mark.parametrize(
@@ -102,58 +143,32 @@ class Resolved(Exception):
         ("--device cpu --bf16", False, True),
     ],
 )
-def test_precision_follows_the_hardware(script, monkeypatch, flags, hardware, expected):
-    """bfloat16 only where it is computed, not emulated; the device is set before that is asked."""
-    pretend(monkeypatch, 2)
-    seen = []
-
-    def supported(including_emulation=True):
-        return including_emulation or hardware
-
-    def stop(args, *_):
-        seen.append(args.bf16)
-        raise Resolved
-
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
-    monkeypatch.setattr(script, "load_split", stop)
-    with pytest.raises(Resolved):
-        script.main([*flags.split(), "--out", os.devnull + "/run"])
-    assert seen == [expected]
+def test_precision_follows_the_hardware(first_step, monkeypatch, flags, hardware, expected):
+    """bfloat16 only where it is computed, not emulated, unless it is asked for."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported(hardware))
+    assert first_step(flags)[-1] == expected
 
 
-@pytest.mark.parametrize(("free", "expected"), [(1, "cpu"), (2**30, "meta")])
-def test_the_images_are_on_the_gpu_if_they_fit(
-    script, folder, tmp_path, monkeypatch, free, expected
+@pytest.mark.parametrize(("share", "expected"), [(0.34, "cpu"), (0.32, "meta")])
+def test_the_images_are_on_the_gpu_if_they_fit(first_step, share, expected):
+    """Into a third of its free memory; each batch goes there in any case."""
+    images = 48 * 3 * 8 * 8  # bytes
+    assert first_step("--device cuda --no-bf16", free=images / share) == [expected, "meta", False]
+
+
+@pytest.mark.parametrize(("asked", "kept"), [("", None), ("--bf16", True), ("--no-bf16", False)])
+def test_a_checkpoint_keeps_no_device_and_bf16_as_asked(
+    first_step, tmp_path, monkeypatch, asked, kept
 ):
-    """Into half of its free memory; each batch goes there in any case."""
-    places = []
-    to = torch.Tensor.to
-
-    def travel(tensor, place, *args, **options):
-        return to(tensor, "meta" if str(place).startswith("cuda") else place, *args, **options)
-
-    def stop(network, optimizer, x, bf16):
-        places.append(x.device.type)
-        raise Resolved
-
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (free, 2**40))
-    shrink(monkeypatch, script)
-    monkeypatch.setattr(torch.nn.Module, "to", lambda module, *_, **__: module)
-    zeros = torch.zeros
-    monkeypatch.setattr(torch, "zeros", lambda *shape, device="cpu", **o: zeros(*shape, **o))
-    monkeypatch.setattr(torch.Tensor, "to", travel)
-    drawn = []
-    randperm = torch.randperm
-    monkeypatch.setattr(torch, "randperm", lambda *a, **o: drawn.append(0) or randperm(*a, **o))
-    monkeypatch.setattr(script, "train_step", stop)
-    split = torch.Tensor.split
-    monkeypatch.setattr(
-        torch.Tensor, "split", lambda t, *a: places.append(t.device.type) or split(t, *a)
-    )
-    flags = f"--data {folder} --size 8 --batch-size 16 --device cuda --no-bf16".split()
-    with pytest.raises(Resolved):
-        script.main([*flags, "--out", str(tmp_path / "run")])
-    assert places == [expected, "meta"]
+    """A run begun on a GPU goes on by what the next machine has, or what is asked of it."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported(True))
+    assert first_step(f"--device cuda {asked}") == ["meta", "meta", kept is not False]
+    args = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["args"]
+    assert args["bf16"] is kept
+    assert not {"device", "out", "resume"} & set(args)
+    assert first_step("--resume", gpus=0) == ["cpu", "cpu", bool(kept)]
+    assert first_step("--resume") == ["meta", "meta", kept is not False]
+    assert first_step("--resume --device cpu --no-bf16") == ["cpu", "cpu", False]
 
 
 def test_bf16_reaches_the_network_on_a_cpu(script, folder, tmp_path, monkeypatch, capsys):

@@ -69,6 +69,17 @@ def test_nt_xent_against_a_double_loop(size, temperature):
     assert loss == pytest.approx(total / (2 * size), abs=1e-5)
 
 
+def test_nt_xent_by_chance_and_at_its_least():
+    """What simclr.py's docstring says of B = 512, and the least value at views spread evenly."""
+    alike = torch.ones(512, 4)
+    assert simclr.nt_xent(alike, alike, 0.5).item() == pytest.approx(math.log(1023), abs=1e-4)
+    corners = torch.eye(512) - 1 / 512  # of a simplex: no 512 directions are further apart
+    least = math.log(1 + 1022 * math.exp((-1 / 511 - 1) / 0.5))
+    assert simclr.nt_xent(corners, corners, 0.5).item() == pytest.approx(least, abs=1e-4)
+    for text in (f"{math.log(1023):.1f} for B = 512", f"below {least:.1f}"):
+        assert text in simclr.__doc__
+
+
 def test_nt_xent_stays_float32_under_autocast():
     z1, z2 = torch.randn(16, 32), torch.randn(16, 32)
     with torch.autocast("cpu", torch.bfloat16):
@@ -176,7 +187,9 @@ def test_train_step_is_one_update_by_the_loss_of_two_views(script, bf16):
     sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
     loss, watched = script.train_step(model, sgd, images, bf16)
     torch.manual_seed(1)
-    x1, x2 = (script.normalize(x) for x in script.two_views(images))
+    options = {"solarize": 0.2} if script is byol else {}
+    x1, x2 = script.augment(images), script.augment(images, **options)
+    x1, x2 = script.normalize(x1), script.normalize(x2)
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         expected, p1 = twin(x1, x2)
     assert torch.equal(loss, expected)
@@ -205,15 +218,26 @@ def test_train_step_forgets_the_last_gradient(script):
 
 def test_the_two_views(script):
     """Of the same images, drawn each on its own; BYOL solarizes some of the second ones."""
+    seen = []
+
+    class Network(nn.Linear):
+        def forward(self, x1, x2):
+            seen.extend([x1, x2])
+            return super().forward(x1[:, 0, 0, :1]).sum(), x1
+
+    network = Network(1, 1)
+    sgd = torch.optim.SGD(network.parameters(), lr=0)
+    white, black = (script.normalize(torch.full((1, 3, 1, 1), level)) for level in (1.0, 0.0))
     images = torch.full((200, 3, 8, 8), 255, dtype=torch.uint8)  # a crop of white is white
     torch.manual_seed(0)
-    x1, x2 = script.two_views(images)
-    assert x1.shape == x2.shape == (200, 3, 8, 8)
-    black = [(x.amax((1, 2, 3)) < 0.5).float().mean().item() for x in (x1, x2)]
-    assert black[0] == 0
-    assert 0.1 < black[1] < 0.3 if script.__name__ == "byol" else black[1] == 0
+    script.train_step(network, sgd, images, False)
+    middle = (white + black) / 2
+    dark = [(x < middle).flatten(1).all(1).float().mean().item() for x in seen]
+    assert dark[0] == 0
+    assert 0.1 < dark[1] < 0.3 if script is byol else dark[1] == 0
     pictures = torch.rand(4, 3, 8, 8).mul(255).to(torch.uint8)
-    x1, x2 = script.two_views(pictures)
+    script.train_step(network, sgd, pictures, False)
+    x1, x2 = seen[2:]
     assert (x1 - x2).abs().amax((1, 2, 3)).min() > 0
 
 
@@ -277,9 +301,15 @@ def test_default_widths_are_the_recipes(script):
     assert [layer.bias is not None for layer in linear] == biases
 
 
+def printed_spread(printed):
+    """Of the first epoch's line."""
+    line = next(x for x in printed.splitlines() if x.startswith("epoch 1 "))
+    return float(line.split("spread ")[1].split()[0])
+
+
 @pytest.mark.parametrize("kind", ["constant", "healthy"])
 def test_the_meter_through_the_real_heads(script, kind, folder, tmp_path, monkeypatch, capsys):
-    """A constant network must read 0 and be called collapsed, at the method's own widths."""
+    """A constant network must read 0, at the method's own widths."""
 
     class Backbone(nn.Linear):
         inplanes = 512
@@ -293,9 +323,7 @@ def test_the_meter_through_the_real_heads(script, kind, folder, tmp_path, monkey
     monkeypatch.setattr(script, "build_backbone", Backbone)
     flags = f"--data {folder} --size 8 --epochs 1 --batch-size 24 --lr 0.01 --device cpu".split()
     script.main([*flags, "--out", str(tmp_path / "run")])
-    line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("epoch 1 "))
-    spread = float(line.split("spread ")[1].split()[0])
-    assert ("collapsed?" in line) == (kind == "constant")
+    spread = printed_spread(capsys.readouterr().out)
     assert spread < 1e-3 if kind == "constant" else spread > 0.2
 
 
@@ -311,8 +339,7 @@ def test_the_meter_sees_predictions_that_point_one_way(folder, tmp_path, monkeyp
     shrink(monkeypatch, simsiam)
     flags = f"--data {folder} --size 8 --epochs 1 --batch-size 24 --lr 0 --device cpu".split()
     simsiam.main([*flags, "--out", str(tmp_path / "run")])
-    line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("epoch 1 "))
-    assert "collapsed?" in line
+    assert printed_spread(capsys.readouterr().out) < 1e-3
 
 
 @pytest.mark.parametrize(("size", "features"), [(16, 512), (64, 512), (96, 512)])
@@ -347,18 +374,34 @@ def test_knn_against_a_brute_force_vote(script, k, temperature):
     assert 0 < accuracy < 100
 
 
+def test_knn_in_parts_is_knn_at_once_to_the_bit(script, monkeypatch):
+    """Of 2,500 queries a thousand at a time, against the way that holds all similarities."""
+    torch.manual_seed(0)
+    bank, queries = torch.randn(900, 16) + 0.5, torch.randn(2500, 16) + 0.5
+    labels, truth = torch.randint(0, 7, (900,)), torch.randint(0, 7, (2500,))
+    similarity = F.normalize(queries) @ F.normalize(bank).T
+    cosine, nearest = similarity.topk(200)
+    votes = torch.zeros(2500, 7).scatter_add_(1, labels[nearest], (cosine / 0.1).exp())
+    expected = 100 * (votes.argmax(1) == truth).float().mean().item()
+    zeros, rows = torch.zeros, []
+    monkeypatch.setattr(torch, "zeros", lambda n, m: rows.append(n) or zeros(n, m))
+    assert script.knn_accuracy(bank, labels, queries, truth) == expected
+    assert rows == [1000, 1000, 500]
+
+
 def test_features_are_those_of_the_frozen_network(script):
-    """In eval mode, batch by batch, of normalized pictures; the network is left as it was."""
+    """In eval mode, of the pictures that are wanted, normalized; the network is left as it was."""
     backbone = TinyBackbone()
     images = torch.randint(0, 256, (230, 3, 8, 8), dtype=torch.uint8)
     with torch.no_grad():
         backbone(script.normalize(images / 255))  # moves the statistics
     before = copy.deepcopy(backbone.state_dict())
-    features = script.compute_features(backbone, images, "cpu")
+    wanted = torch.rand(230) < 0.9
+    features = script.compute_features(backbone, images, wanted, "cpu")
     assert not features.requires_grad
     assert backbone.training
     assert all(torch.equal(before[name], t) for name, t in backbone.state_dict().items())
-    x = TF.normalize(images / 255, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    x = TF.normalize(images[wanted] / 255, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     torch.testing.assert_close(features, backbone.eval()(x))
 
 

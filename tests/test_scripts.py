@@ -2,6 +2,7 @@
 
 import csv
 import importlib
+import io
 import math
 import os
 import re
@@ -13,6 +14,7 @@ import pytest
 import torch
 from conftest import METHODS, ROOT, Small, shrink
 from PIL import Image
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torchvision import models
 
 
@@ -27,10 +29,10 @@ def test_what_a_run_leaves_behind(method, runs):
     out = runs / method
     assert sorted(path.name for path in out.iterdir()) == ["checkpoint.pt", "log.csv"]
     rows = log_of(out)
-    columns = ["epoch", "loss", "spread", "kNN", "lr"]
-    assert list(rows[0]) == columns
+    assert list(rows[0]) == ["epoch", "loss", "spread", "lr", "seconds", "kNN"]
     assert [row["epoch"] for row in rows] == ["1", "2"]
     assert all(float(row["kNN"]) >= 0 and float(row["spread"]) > 0 for row in rows)
+    assert all(float(row["seconds"]) > 0 for row in rows)
     assert 0 < float(rows[1]["lr"]) < float(rows[0]["lr"])
 
 
@@ -86,19 +88,20 @@ def test_an_earlier_run_is_not_written_over(script, runs, arguments):
 def test_when_knn_is_measured_and_the_run_saved(
     script, epochs, expected, folder, tmp_path, monkeypatch
 ):
-    """Every ceil(epochs / 10) epochs, and after the last."""
+    """Every ceil(epochs / 10) epochs, and after the last; at the start the flags alone."""
     saved = []
     monkeypatch.setattr(script, "knn_accuracy", lambda *_: 50.0)
+    monkeypatch.setattr(script.time, "time", lambda: 0)
     shrink(monkeypatch, script)
     monkeypatch.setattr(script, "train_step", lambda *_: (torch.zeros(()), torch.eye(4)))
-    monkeypatch.setattr(script.torch, "save", lambda state, path: saved.append(state["epoch"]))
-    monkeypatch.setattr(script.Path, "replace", lambda *_: None)
+    save = script.save
+    monkeypatch.setattr(script, "save", lambda *args: saved.append(args[1]) or save(*args))
     flags = f"--data {folder} --size 8 --epochs {epochs} --batch-size 48 --device cpu".split()
     script.main([*flags, "--out", str(tmp_path / "run")])
     rows = log_of(tmp_path / "run")
     assert [int(row["epoch"]) for row in rows] == [*range(1, epochs + 1)]
     assert [int(row["epoch"]) for row in rows if row["kNN"]] == expected
-    assert saved == expected
+    assert saved == [0, *sorted(2 * expected)]  # before and after it is measured
 
 
 def test_the_learning_rate_falls_by_half_a_cosine(script, folder, tmp_path, monkeypatch):
@@ -140,17 +143,65 @@ def test_an_epoch_takes_every_image_once(script, folder, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["collapsed", "spread"])
-def test_a_collapsed_network_is_called_so(script, kind, folder, tmp_path, monkeypatch, capsys):
+def test_the_line_of_an_epoch(script, kind, folder, tmp_path, monkeypatch, capsys):
+    """Loss, spread, kNN where it was measured, and the seconds at the end."""
     p = torch.ones(4, 4) if kind == "collapsed" else torch.eye(4)
+    now, step_seconds = [0.0], iter([12.34, 5.67] + 9 * [1])
+
+    def step(*_):
+        now[0] += next(step_seconds)
+        return torch.zeros(()), p
+
     shrink(monkeypatch, script)
-    monkeypatch.setattr(script, "train_step", lambda *_: (torch.zeros(()), p))
-    flags = f"--data {folder} --size 8 --epochs 1 --batch-size 48 --device cpu".split()
+    monkeypatch.setattr(script, "train_step", step)
+    monkeypatch.setattr(script.time, "time", lambda: now[0])
+    flags = f"--data {folder} --size 8 --epochs 11 --batch-size 48 --device cpu".split()
     script.main([*flags, "--out", str(tmp_path / "run")])
-    line = capsys.readouterr().out.splitlines()[1]
-    assert line.startswith("epoch 1  loss 0.0000  spread ")
-    assert line.rstrip().endswith("collapsed?") == (kind == "collapsed")
-    spread = float(log_of(tmp_path / "run")[0]["spread"])
-    assert spread == pytest.approx(script.spread(p))
+    lines = capsys.readouterr().out.splitlines()
+    rows = log_of(tmp_path / "run")
+    spread = f"{float(rows[0]['spread']):.3f}"
+    assert lines[1] == f"epoch 1  loss 0.0000  spread {spread}  kNN        12.3 s"
+    assert lines[2] == f"epoch 2  loss 0.0000  spread {spread}  kNN {rows[1]['kNN']}  5.7 s"
+    assert re.fullmatch(r"\d+\.\d\d", rows[1]["kNN"])
+    assert [row["seconds"] for row in rows[:2]] == ["12.3", "5.7"]
+    assert float(rows[0]["spread"]) == pytest.approx(script.spread(p))
+    assert (float(rows[0]["spread"]) < 1e-3) == (kind == "collapsed")
+
+
+class Terminal(io.StringIO):
+    """A standard output that is a terminal, or says so."""
+
+    def __init__(self, tty):
+        super().__init__()
+        self.isatty = lambda: tty
+
+
+@pytest.mark.parametrize("tty", [True, False])
+def test_progress_on_a_terminal_alone(script, tty, folder, tmp_path, monkeypatch):
+    """While images are read, within an epoch and within a measurement; not a line of it stays."""
+    shrink(monkeypatch, script)
+    flags = f"--data {folder} --size 8 --epochs 2 --batch-size 16 --device cpu".split()
+    monkeypatch.setattr(sys, "stdout", Terminal(tty))
+    script.main([*flags, "--out", str(tmp_path / "run")])
+    printed = sys.stdout.getvalue()
+    if not tty:
+        assert "\r" not in printed
+        return
+    for part in ("train images  47/48", "test images  0/24", "epoch 2  2/3", "kNN  0/1"):
+        assert part.ljust(40) + "\r" in printed
+    for line in printed.split("\n"):
+        *progress, last = line.split("\r")
+        assert all(len(part) == 40 for part in progress)  # none shows behind the next
+        assert "/" not in last or last.startswith("48 images, 3 classes")
+
+
+def test_progress_does_not_wait_for_the_gpu(script):
+    """It looks at no item."""
+    items = [object(), object()]
+    assert [*script.track(items, "x")] == items
+    with FakeTensorMode():
+        on_gpu = [torch.empty(2, device="cuda")]
+        assert [*script.track(on_gpu, "x")] == on_gpu
 
 
 def test_unlabeled_images_train_without_knn(script, tmp_path, monkeypatch, capsys):
@@ -159,7 +210,9 @@ def test_unlabeled_images_train_without_knn(script, tmp_path, monkeypatch, capsy
         Image.new("RGB", (12, 12), (30 * i, 9 * i, 255 - 20 * i)).save(tmp_path / f"{i}.png")
     flags = f"--data {tmp_path} --size 8 --epochs 1 --batch-size 4 --device cpu".split()
     script.main([*flags, "--out", str(tmp_path / "run")])
-    assert capsys.readouterr().out.startswith("8 images, 0 classes, 0 to test ")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"no labels: classes are the folders in {tmp_path}/train"
+    assert lines[1].startswith("8 images, 0 classes, 0 to test ")
     assert log_of(tmp_path / "run")[0]["kNN"] == ""
     assert (tmp_path / "run" / "checkpoint.pt").exists()
 
