@@ -82,13 +82,13 @@ def augment(images):
     changes = ["brightness", "contrast", "saturation", "hue"]
     jittered = x
     for i in torch.randperm(4).tolist():  # one order for all; on the CPU: no wait for a GPU
-        gray = TF.rgb_to_grayscale(jittered)  # (B, 1, S, S)
         if changes[i] == "brightness":
             jittered = draw(0.6, 1.4) * jittered
         elif changes[i] == "contrast":
-            mean = gray.mean((2, 3), keepdim=True)  # (B, 1, 1, 1)
+            mean = TF.rgb_to_grayscale(jittered).mean((2, 3), keepdim=True)  # (B, 1, 1, 1)
             jittered = mean + draw(0.6, 1.4) * (jittered - mean)
         elif changes[i] == "saturation":
+            gray = TF.rgb_to_grayscale(jittered)  # (B, 1, S, S)
             jittered = gray + draw(0.6, 1.4) * (jittered - gray)
         else:
             jittered = rotate_hue(jittered, draw(-0.1, 0.1))

@@ -144,6 +144,14 @@ def test_colors_and_blur_equal_torchvision(script, monkeypatch, size, blur):
     assert len(orders) > 2
 
 
+def test_the_blur_takes_rows_and_columns_by_turns(script, monkeypatch):
+    """Its kernel of 23 x 23 pixels at 224 px would take 20 times as long as two of 23."""
+    sides, blur = [], TF.gaussian_blur
+    monkeypatch.setattr(TF, "gaussian_blur", lambda x, k, s: sides.append(k) or blur(x, k, s))
+    script.augment(torch.zeros(1, 3, 224, 224, dtype=torch.uint8))
+    assert sides == [[23, 1], [1, 23]]
+
+
 def test_every_image_has_its_own_parameters(script):
     torch.manual_seed(0)
     image = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)

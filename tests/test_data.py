@@ -192,6 +192,19 @@ def test_an_image_that_cannot_be_read_is_named_and_passed_over(script, tmp_path,
     assert re.fullmatch(rf"passed over {path}: .{{8,}}", lines[1])
 
 
+@pytest.mark.parametrize("mode", ["I;16", "I", "F", "pgm"])
+def test_more_than_8_bits_a_channel_are_passed_over(script, tmp_path, capsys, mode):
+    """Pillow would make white or black of them."""
+    path = tmp_path / "x.tif"
+    if mode == "pgm":
+        path = tmp_path / "x.pgm"
+        path.write_bytes(b"P5 2 2 65535 " + bytes(8))
+    else:
+        Image.new(mode, (9, 9), 200).save(path)
+    assert len(load(script, data=str(tmp_path), size=8)[0]) == 0
+    assert f"passed over {path}: more than 8 bits a channel\n" in capsys.readouterr().out
+
+
 def test_photos_are_turned_upright(script, tmp_path):
     """By the orientation in their EXIF data, here: turn by 90 degrees to the right."""
     left = np.zeros((40, 20, 3), dtype=np.uint8)
