@@ -36,9 +36,9 @@ from torchvision import datasets, models
 def random_resized_crop(x):
     """A random box of each image, resized to the image's size: x (B, 3, S, S)."""
     S = x.shape[-1]
-    area = S**2 * x.new_empty(len(x), 11).uniform_(0.2, 1)  # of eleven boxes, in pixels
+    area = S**2 * x.new_empty(len(x), 11).uniform_(0.2, 1)  # in pixels; ten boxes, one spare
     ratio = x.new_empty(len(x), 11).uniform_(math.log(3 / 4), math.log(4 / 3)).exp()
-    area[:, 10], ratio[:, 10] = S**2, 1  # ten are tried, the last is the whole image
+    area[:, 10], ratio[:, 10] = S**2, 1  # the spare box is the whole image
     width, height = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()  # (B, 11)
     fits = (width <= S) & (height <= S)
     first = fits.int().argmax(1, keepdim=True)  # (B, 1): the first that fits
@@ -59,15 +59,15 @@ def rotate_hue(x, turns):
     largest = x.amax(1, keepdim=True)
     chroma = largest - x.amin(1, keepdim=True)
     divisor = chroma.clamp(min=1e-8)  # not 0 for gray, which has any hue
-    # Hue, in sixths of the circle from red (0) to green (2) and blue (4): near the largest
-    hue = 4 + (r - g) / divisor  # if that is blue
+    # Hue in sixths: 0, 2, 4 where red, green, blue is largest, up to 1 off it by the others
+    hue = 4 + (r - g) / divisor
     hue = torch.where(largest == g, 2 + (b - r) / divisor, hue)
     hue = torch.where(largest == r, (g - b) / divisor, hue)
     hue = hue + 6 * turns
-    # Back: a channel is full up to one sixth away from its own hue, and lowest from two on
+    # Back to RGB: a channel is largest within 1 of its own hue (0, 2, 4), lowest beyond 2
     away = torch.cat([hue, hue - 2, hue - 4], 1)  # (B, 3, S, S)
     away = ((away + 3) % 6 - 3).abs()  # from -3 to 3 around the circle; as a distance
-    dip = (away - 1).clamp(0, 1)  # 0: full, 1: lowest
+    dip = (away - 1).clamp(0, 1)  # 0: largest, 1: lowest
     return largest - chroma * dip
 
 
@@ -97,16 +97,16 @@ def augment(images, solarize=0.0):
     x = torch.where(draw(0, 1) < 0.2, TF.rgb_to_grayscale(x), x)
     if x.shape[-1] > 64:  # no blur for CIFAR-10, SimSiam App. D
         sigma = torch.empty(1).uniform_(0.1, 2).item()  # in pixels, one for all
-        width = x.shape[-1] // 20 * 2 + 1  # of the kernel: a tenth of the side, 23 for 224
-        blurred = TF.gaussian_blur(x, [width, 1], sigma)  # along rows, then along columns:
-        blurred = TF.gaussian_blur(blurred, [1, width], sigma)  # the same as both at once
+        width = x.shape[-1] // 20 * 2 + 1  # of the kernel: odd, a tenth of the side
+        blurred = TF.gaussian_blur(x, [width, 1], sigma)  # along rows, then columns: equal to
+        blurred = TF.gaussian_blur(blurred, [1, width], sigma)  # both at once, and faster
         x = torch.where(draw(0, 1) < 0.5, blurred, x)
     return torch.where((draw(0, 1) < solarize) & (x >= 0.5), 1 - x, x)  # invert bright values
 
 
 def normalize(x, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)):
-    """Pictures x (B, 3, S, S) in 0-1, by ImageNet's mean and deviation of r, g, b. As tensors
-    these would have to be copied to the GPU, and that is waited for."""
+    """x (B, 3, S, S) in 0-1, less ImageNet's mean, over its deviation. Numbers, not tensors:
+    copying those to the GPU would make the host wait."""
     return torch.stack([(c - m) / s for c, m, s in zip(x.unbind(1), mean, std)], 1)
 
 
@@ -148,7 +148,7 @@ class BYOL(nn.Module):
         self.target = deepcopy(nn.Sequential(backbone, self.projector)).requires_grad_(False)
 
     def forward(self, x1, x2):
-        """Two views (B, 3, S, S) -> the sum of both losses, and p1 (B, dim) for spread."""
+        """Two views (B, 3, S, S) -> both losses' sum, and p1 (B, dim) to detect collapse."""
         h1, h2 = self.backbone(x1), self.backbone(x2)  # features (B, 512 or 2048)
         z1, z2 = self.projector(h1), self.projector(h2)  # projections (B, dim)
         p1, p2 = self.predictor(z1), self.predictor(z2)  # predictions (B, dim)
@@ -235,11 +235,10 @@ def load_split(args, split):
 
 # ------------------------------------------------------------------ 5. Monitoring
 @torch.no_grad()
-def compute_features(backbone, images, wanted, device):
-    """Features (M, D) of images (N, 3, S, S) uint8, of which the mask wanted (N,) has M."""
-    rows = wanted.nonzero().flatten().split(100)
+def compute_features(backbone, images, device):
+    """Features (N, D) of images (N, 3, S, S) uint8, with the backbone in eval mode."""
     backbone.eval()
-    features = [backbone(normalize(images[i].to(device) / 255)) for i in track(rows, "kNN")]
+    features = [backbone(normalize(x.to(device) / 255)) for x in track(images.split(100), "kNN")]
     backbone.train()
     return torch.cat(features)
 
@@ -257,8 +256,8 @@ def knn_accuracy(bank, labels, queries, truth, k=200, temperature=0.1):
 
 
 def spread(p):
-    """0 if all p (B, dim) point one way, 1 if all ways, when a coordinate of the unit vectors
-    deviates by 1 / sqrt(dim). SimSiam Fig. 2 shows this deviation, of z."""
+    """0: all p (B, dim) point one way. 1: all ways; then each coordinate of p / |p| deviates by
+    1 / sqrt(dim). SimSiam Fig. 2 shows this deviation, of z."""
     return F.normalize(p.float()).std(0).mean().item() * p.shape[1] ** 0.5
 
 
@@ -276,9 +275,9 @@ def parse_args(argv=None, **saved_flags):
     add("--weight-decay", type=float, default=2e-3, help="L2 penalty")
     add("--seed", type=int, default=0, help="of weights, order and augmentation")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="or cuda:1")
-    add("--bf16", action=switch, help="compute in bfloat16; if unsaid, where a GPU has it")
+    add("--bf16", action=switch, help="compute in bfloat16; by default where a GPU has it")
     add("--out", default=f"runs/{Path(__file__).stem}", help="folder of the run")
-    add("--resume", action="store_true", help="go on with the run in --out, by its flags")
+    add("--resume", action="store_true", help="go on with --out, by its flags but --device")
     add("--ema-decay", type=float, default=0.99, help="tau, of the target; rises to 1 (Sec. 3.3)")
     parser.set_defaults(**saved_flags)
     return parser.parse_args(argv)
@@ -314,20 +313,20 @@ def main(argv=None):
     # Data
     images, labels = load_split(args, "train")
     test_images, test_labels = load_split(args, "test")
-    known = labels >= 0  # in STL-10 not all
+    known = labels >= 0  # in STL-10 not all are
     classes = len(labels[known].unique())
     steps = len(images) // args.batch_size  # of full batches
     if steps == 0:
         sys.exit(f"--data {args.data}: {len(images)} images, less than one --batch-size")
     if gpu and images.nbytes < torch.cuda.mem_get_info(args.device)[0] / 3:
-        images = images.to(args.device)
+        images = images.to(args.device)  # leaving memory for the training
     print(f"{len(images)} images, {classes} classes, {len(test_images)} to test", args)
 
     # Network
     torch.manual_seed(args.seed)
     network = BYOL(build_backbone(args.arch, args.size))
     network.to(args.device, memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(network.parameters(), args.lr, momentum=0.9)  # more below
+    optimizer = torch.optim.SGD(network.parameters(), momentum=0.9)  # lr, decay: at each step
 
     # Go on from a checkpoint, or begin
     log = saved["log"]
@@ -346,7 +345,7 @@ def main(argv=None):
         batches = torch.randperm(len(images)).to(images.device).split(args.batch_size)[:steps]
         total = torch.zeros((), device=args.device)
         for step, rows in enumerate(track(batches, f"epoch {epoch}")):
-            done = (epoch - 1 + (step + 0.5) / steps) / args.epochs  # share, at mid-step
+            done = (epoch - 1 + (step + 0.5) / steps) / args.epochs  # of all, at mid-step
             anneal = (1 + math.cos(math.pi * done)) / 2  # 1 to 0
             lr = args.lr * args.batch_size / 256 * anneal
             optimizer.param_groups[0].update(lr=lr, weight_decay=args.weight_decay)
@@ -357,7 +356,7 @@ def main(argv=None):
         seconds = time.time() - began
         assert math.isfinite(loss), "the loss is not finite: lower --lr"
 
-        # Save, then measure, since memory may end in that
+        # Save before measuring, which may run out of memory
         meter = spread(p1)  # of the last batch
         log.append(f"{epoch},{loss},{meter},{lr},{seconds:.1f},")  # kNN is to follow
         measure = epoch % math.ceil(args.epochs / 10) == 0 or epoch == args.epochs
@@ -366,8 +365,8 @@ def main(argv=None):
             saved_at = time.time()
         knn = ""
         if measure and classes > 1 and len(test_images) > 0:
-            bank = compute_features(network.backbone, images, known, args.device)
-            queries = compute_features(network.backbone, test_images, test_labels >= 0, args.device)
+            bank = compute_features(network.backbone, images, args.device)[known]
+            queries = compute_features(network.backbone, test_images, args.device)
             knn = f"{knn_accuracy(bank, labels[known], queries, test_labels):.2f}"
             log[-1] += knn
             save(args, epoch, log, network, optimizer)

@@ -186,8 +186,8 @@ def judge(script, backbone, args):
     everything = copy.copy(args)
     everything.images = 10**9
     test_images, test_y = script.load_split(script.parse_args(flags(everything, "x")), "test")
-    h = script.compute_features(backbone, images, y >= 0, "cpu")
-    test_h = script.compute_features(backbone, test_images, test_y >= 0, "cpu")
+    h = script.compute_features(backbone, images, "cpu")
+    test_h = script.compute_features(backbone, test_images, "cpu")
     torch.manual_seed(0)
     layer, _ = linear_eval.linear_probe(h, y)
     linear = 100 * (layer(test_h).argmax(1) == test_y).float().mean().item()

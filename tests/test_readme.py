@@ -87,8 +87,7 @@ def test_the_backbone_elsewhere(runs, monkeypatch, tmp_path):
     for function in (script.build_backbone, script.normalize):
         exec(inspect.getsource(function), names)
     exec(next(code for code in BLOCKS if "load_state_dict" in code), names)
-    all_of_them = torch.tensor([True, True])
-    expected = script.compute_features(names["backbone"], images, all_of_them, "cpu")
+    expected = script.compute_features(names["backbone"], images, "cpu")
     assert torch.equal(names["h"], expected)
     assert expected.shape == (2, 512)
 
