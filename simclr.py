@@ -37,7 +37,7 @@ def random_resized_crop(x):
     """A random box of each image, resized to the image's size: x (B, 3, S, S)."""
     S = x.shape[-1]
     area = S**2 * x.new_empty(len(x), 11).uniform_(0.2, 1)  # in pixels; ten boxes, one spare
-    ratio = x.new_empty(len(x), 11).uniform_(math.log(3 / 4), math.log(4 / 3)).exp()
+    ratio = x.new_empty(len(x), 11).uniform_(math.log(3 / 4), math.log(4 / 3)).exp()  # w / h
     area[:, 10], ratio[:, 10] = S**2, 1  # the spare box is the whole image
     width, height = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()  # (B, 11)
     fits = (width <= S) & (height <= S)
@@ -59,7 +59,7 @@ def rotate_hue(x, turns):
     largest = x.amax(1, keepdim=True)
     chroma = largest - x.amin(1, keepdim=True)
     divisor = chroma.clamp(min=1e-8)  # not 0 for gray, which has any hue
-    # Hue in sixths: 0, 2, 4 where red, green, blue is largest, up to 1 off it by the others
+    # Hue in sixths: that of the largest channel (red 0, green 2, blue 4), plus -1 to 1
     hue = 4 + (r - g) / divisor
     hue = torch.where(largest == g, 2 + (b - r) / divisor, hue)
     hue = torch.where(largest == r, (g - b) / divisor, hue)
@@ -97,9 +97,9 @@ def augment(images):
     x = torch.where(draw(0, 1) < 0.2, TF.rgb_to_grayscale(x), x)
     if x.shape[-1] > 64:  # no blur for CIFAR-10, SimSiam App. D
         sigma = torch.empty(1).uniform_(0.1, 2).item()  # in pixels, one for all
-        width = x.shape[-1] // 20 * 2 + 1  # of the kernel: odd, a tenth of the side
-        blurred = TF.gaussian_blur(x, [width, 1], sigma)  # along rows, then columns: equal to
-        blurred = TF.gaussian_blur(blurred, [1, width], sigma)  # both at once, and faster
+        width = 2 * (x.shape[-1] // 20) + 1  # the kernel's: odd, a tenth of the image's
+        blurred = TF.gaussian_blur(x, [width, 1], sigma)  # along the rows
+        blurred = TF.gaussian_blur(blurred, [1, width], sigma)  # and columns: as both at once
         x = torch.where(draw(0, 1) < 0.5, blurred, x)
     return x
 
@@ -202,7 +202,7 @@ def list_images(args, split):
 
 
 def load_split(args, split):
-    """Images (N, 3, size, size) uint8 and labels (N,), in a fixed random order (--subset)."""
+    """Images (N, 3, size, size) uint8, labels (N,): the first --subset of a fixed shuffle."""
     listed = list_images(args, split)
     order = torch.randperm(len(listed), generator=torch.Generator().manual_seed(0))[: args.subset]
     images = torch.empty(len(order), 3, args.size, args.size, dtype=torch.uint8)
@@ -215,7 +215,7 @@ def load_split(args, split):
                 raise ValueError("more than 8 bits a channel")
             picture = ImageOps.exif_transpose(picture).convert("RGB")  # upright
             picture = TF.center_crop(TF.resize(picture, args.size), args.size)
-            images[len(labels)] = TF.pil_to_tensor(picture)  # no gap behind a broken one
+            images[len(labels)] = TF.pil_to_tensor(picture)  # the next free row
             labels.append(label)
         except Exception as error:
             print(f"passed over {source}: {error}")
@@ -245,8 +245,8 @@ def knn_accuracy(bank, labels, queries, truth, k=200, temperature=0.1):
 
 
 def spread(p):
-    """0: all p (B, dim) point one way. 1: all ways; then each coordinate of p / |p| deviates by
-    1 / sqrt(dim). SimSiam Fig. 2 shows this deviation, of z."""
+    """Deviation of p / |p| in the batch, p (B, dim), times sqrt(dim): 0 if all point one way,
+    1 if all ways. SimSiam Fig. 2 shows this deviation, of z."""
     return F.normalize(p.float()).std(0).mean().item() * p.shape[1] ** 0.5
 
 
@@ -266,7 +266,7 @@ def parse_args(argv=None, **saved_flags):
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="or cuda:1")
     add("--bf16", action=switch, help="compute in bfloat16; by default where a GPU has it")
     add("--out", default=f"runs/{Path(__file__).stem}", help="folder of the run")
-    add("--resume", action="store_true", help="go on with --out, by its flags but --device")
+    add("--resume", action="store_true", help="continue the run in --out, with its flags")
     add("--temperature", type=float, default=0.5, help="tau of Eq. (1), divides the cosines")
     parser.set_defaults(**saved_flags)
     return parser.parse_args(argv)
@@ -334,7 +334,7 @@ def main(argv=None):
         batches = torch.randperm(len(images)).to(images.device).split(args.batch_size)[:steps]
         total = torch.zeros((), device=args.device)
         for step, rows in enumerate(track(batches, f"epoch {epoch}")):
-            done = (epoch - 1 + (step + 0.5) / steps) / args.epochs  # of all, at mid-step
+            done = (epoch - 1 + (step + 0.5) / steps) / args.epochs  # part of the run
             anneal = (1 + math.cos(math.pi * done)) / 2  # 1 to 0
             lr = args.lr * args.batch_size / 256 * anneal
             optimizer.param_groups[0].update(lr=lr, weight_decay=args.weight_decay)
