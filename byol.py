@@ -202,7 +202,7 @@ def list_images(args, split):
         if not files["train"]:
             sys.exit(f"--data {args.data}: no images (nor is it cifar10, cifar100 or stl10)")
         if split == "train":  # to say it once
-            print(f"no labels: classes are the folders in {args.data}/train")
+            print(f"no labels: classes are the folders in {args.data}/train; there are none")
         return [(Path(args.data, file), -1) for file in files[split]]
     if not files["test"] and split == "train":
         print(f"no test images in {args.data}/test: no kNN")
@@ -277,7 +277,7 @@ def parse_args(argv=None, **saved_flags):
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="or cuda:1")
     add("--bf16", action=switch, help="compute in bfloat16; by default where a GPU has it")
     add("--out", default=f"runs/{Path(__file__).stem}", help="folder of the run")
-    add("--resume", action="store_true", help="continue the run in --out, with its flags")
+    add("--resume", action="store_true", help="continue --out, with its flags or those given")
     add("--ema-decay", type=float, default=0.99, help="tau, of the target; rises to 1 (Sec. 3.3)")
     parser.set_defaults(**saved_flags)
     return parser.parse_args(argv)
@@ -335,7 +335,7 @@ def main(argv=None):
         optimizer.load_state_dict(saved["optimizer"])
     else:
         Path(args.out).mkdir(parents=True)
-        save(args, 0, log, network, optimizer)  # so that --resume knows the flags
+    save(args, saved["epoch"], log, network, optimizer)  # so that --resume knows the flags
 
     # Train
     saved_at = time.time()
@@ -371,6 +371,7 @@ def main(argv=None):
             log[-1] += knn
             save(args, epoch, log, network, optimizer)
         print(f"epoch {epoch}  loss {loss:.4f}  spread {meter:.3f}  kNN {knn:5}  {seconds:.1f} s")
+    print(f"done: {checkpoint}")
 
 
 if __name__ == "__main__":
@@ -382,4 +383,4 @@ if __name__ == "__main__":
         out = parse_args().out
         if not Path(out, "checkpoint.pt").exists():
             sys.exit("\nstopped before the first epoch: nothing to go on from yet")
-        sys.exit(f"\nstopped: go on with --resume --out {out}")
+        sys.exit(f'\nstopped: go on with python {sys.argv[0]} --resume --out "{out}"')

@@ -167,7 +167,7 @@ def list_images(args, split):
         if not files["train"]:
             sys.exit(f"--data {args.data}: no images (nor is it cifar10, cifar100 or stl10)")
         if split == "train":  # to say it once
-            print(f"no labels: classes are the folders in {args.data}/train")
+            print(f"no labels: classes are the folders in {args.data}/train; there are none")
         return [(Path(args.data, file), -1) for file in files[split]]
     if not files["test"] and split == "train":
         print(f"no test images in {args.data}/test: no kNN")

@@ -80,7 +80,7 @@ def test_small_diff(other):
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_length_and_width(name):
     lines = source(name).splitlines()
-    assert len(lines) <= (385 if name == "byol" else 377)
+    assert len(lines) <= (386 if name == "byol" else 378)
     assert [i for i, line in enumerate(lines, 1) if len(line) > 100] == []
 
 

@@ -126,7 +126,10 @@ def test_without_classes_it_says_where_they_would_be(script, tmp_path, capsys, n
     draw_folders(tmp_path, names)
     images, labels = load(script, data=str(tmp_path), size=9)
     assert labels.tolist() == [-1] * len(names)
-    assert capsys.readouterr().out == f"no labels: classes are the folders in {tmp_path}/train\n"
+    assert (
+        capsys.readouterr().out
+        == f"no labels: classes are the folders in {tmp_path}/train; there are none\n"
+    )
     assert len(load(script, "test", data=str(tmp_path), size=9)[0]) == 0
     assert capsys.readouterr().out == ""
 

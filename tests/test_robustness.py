@@ -26,11 +26,11 @@ def quick(script, folder, monkeypatch):
 
 def start(method, tmp_path, *flags, **environment):
     """The script as a process, with a tiny backbone; it stands still in the third epoch, or in
-    that which its environment names."""
+    that which its environment names. What it prints is read at once, though from no terminal."""
     copy = tmp_path / f"{method}.py"
     text = (ROOT / f"{method}.py").read_text()
     pause = """        if epoch == int(__import__("os").environ.get("STAND_STILL", 3)):
-            print("standing still", flush=True)
+            print("standing still")
             time.sleep(100)
 """
     for usual, here in {
@@ -41,7 +41,8 @@ def start(method, tmp_path, *flags, **environment):
         text = text.replace(usual, here)
     copy.write_text(text)
     command = [sys.executable, str(copy), *map(str, flags)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests"), **environment}
+    usual = {"PYTHONPATH": str(ROOT / "tests"), "PYTHONUNBUFFERED": ""}
+    environment = {**os.environ, **usual, **environment}
     return subprocess.Popen(
         command,
         env=environment,
@@ -120,7 +121,7 @@ def test_ctrl_c_ends_in_one_line_that_says_how_to_go_on(script, epoch, folder, t
     stopped.send_signal(signal.SIGINT)
     _, error = stopped.communicate(timeout=100)
     assert stopped.returncode != 0
-    message = f"stopped: go on with --resume --out {out}"
+    message = f'stopped: go on with python {tmp_path / script.__name__}.py --resume --out "{out}"'
     assert error.split("\n") == ["", message, ""]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(script, "build_backbone", Small)
@@ -216,11 +217,11 @@ def test_a_save_that_breaks_off_leaves_the_last_one(script, quick, tmp_path, mon
 def test_a_loss_that_is_not_finite_stops_the_run(script, quick, tmp_path, monkeypatch):
     out, augment = tmp_path / "run", script.augment
     quick("--out", out)
-    before = (out / "checkpoint.pt").read_bytes()
+    before = weights(out)
     monkeypatch.setattr(script, "augment", lambda x, *_, **__: augment(x) * float("nan"))
     with pytest.raises(AssertionError, match="the loss is not finite: lower --lr"):
         quick("--out", out, "--epochs", 3, "--resume")
-    assert (out / "checkpoint.pt").read_bytes() == before
+    assert all(torch.equal(before[name], t) for name, t in weights(out).items())
     assert epochs(out) == [1]
 
 
@@ -275,6 +276,31 @@ def test_resume_keeps_the_flags_of_the_run(script, quick, folder, tmp_path, monk
     assert (args["data"], args["epochs"]) == (str(folder), 3)
     assert "method" not in args  # which the weights tell
     assert epochs(out) == [1, 2, 3]
+
+
+def test_flags_given_to_resume_are_kept_at_once(script, quick, tmp_path, monkeypatch):
+    """Stopped before its first epoch ends, the run still goes on by them."""
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    out = tmp_path / "run"
+    quick("--out", out)
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "train_step", stop)
+        with pytest.raises(KeyboardInterrupt):
+            script.main(["--resume", "--out", str(out), "--epochs", "3"])
+    script.main(["--resume", "--out", str(out)])
+    assert epochs(out) == [1, 2, 3]
+
+
+def test_a_finished_run_says_so(script, quick, tmp_path, capsys):
+    """Also when it is resumed."""
+    quick("--out", tmp_path / "run")
+    line = f"done: {tmp_path / 'run' / 'checkpoint.pt'}"
+    assert capsys.readouterr().out.splitlines()[-1] == line
+    script.main(["--resume", "--out", str(tmp_path / "run")])
+    assert capsys.readouterr().out.splitlines()[1:] == [line]
 
 
 def test_resume_takes_the_flags_that_are_given(quick, folder, tmp_path):

@@ -192,7 +192,7 @@ def test_progress_on_a_terminal_alone(script, tty, folder, tmp_path, monkeypatch
     for line in printed.split("\n"):
         *progress, last = line.split("\r")
         assert all(len(part) == 40 for part in progress)  # none shows behind the next
-        assert "/" not in last or last.startswith("48 images, 3 classes")
+        assert "/" not in last or last.startswith(("48 images, 3 classes", "done: "))
 
 
 def test_progress_does_not_wait_for_the_gpu(script):
@@ -211,7 +211,7 @@ def test_unlabeled_images_train_without_knn(script, tmp_path, monkeypatch, capsy
     flags = f"--data {tmp_path} --size 8 --epochs 1 --batch-size 4 --device cpu".split()
     script.main([*flags, "--out", str(tmp_path / "run")])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == f"no labels: classes are the folders in {tmp_path}/train"
+    assert lines[0] == f"no labels: classes are the folders in {tmp_path}/train; there are none"
     assert lines[1].startswith("8 images, 0 classes, 0 to test ")
     assert log_of(tmp_path / "run")[0]["kNN"] == ""
     assert (tmp_path / "run" / "checkpoint.pt").exists()
