@@ -43,12 +43,12 @@ def random_resized_crop(x):
     width, height = width.gather(1, first), height.gather(1, first)  # (B, 1) each
     left = (torch.rand_like(width) * (S - width + 1)).floor()  # 0, 1, ..., S - width
     top = (torch.rand_like(height) * (S - height + 1)).floor()
-    # Where the view's columns and rows lie in the image, in pixels
+    # Where the view's columns and rows lie in the image, in pixels; none beyond the box counts
     middles = (torch.arange(S, device=x.device) + 0.5) / S  # (S,): 0 to 1 across the box
-    columns = (left + width * middles)[:, None, :].expand(-1, S, -1)  # (B, S, S)
-    rows = (top + height * middles)[:, :, None].expand(-1, -1, S)  # (B, S, S)
-    grid = torch.stack([columns, rows], 3) * 2 / S - 1  # -1 left or top, 1 right or bottom
-    return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
+    columns = (left + width * middles).clamp(left + 0.5, left + width - 0.5)  # (B, S)
+    rows = (top + height * middles).clamp(top + 0.5, top + height - 0.5)  # (B, S)
+    grid = torch.stack(torch.broadcast_tensors(columns[:, None, :], rows[:, :, None]), 3)
+    return F.grid_sample(x, grid * 2 / S - 1, align_corners=False)  # -1 to 1 across the image
 
 
 def rotate_hue(x, turns):

@@ -9,6 +9,29 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms import v2
 
 EXACT = 1e-5  # of 1, the rounding of float32
+# The recipe (SimSiam App. A and D, SimCLR App. A) in torchvision's transforms
+CROP = v2.RandomResizedCrop(72, scale=(0.2, 1), ratio=(3 / 4, 4 / 3))
+JITTER = v2.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1)
+BLUR = v2.GaussianBlur(7, sigma=(0.1, 2))
+RECIPE = v2.Compose(
+    [
+        CROP,
+        v2.RandomHorizontalFlip(0.5),
+        v2.RandomApply([JITTER], 0.8),
+        v2.RandomGrayscale(0.2),
+        v2.RandomApply([BLUR], 0.5),
+    ]
+)
+
+
+def assert_alike(ours, theirs, name):
+    """Two samples of one distribution. Kolmogorov-Smirnov: the largest distance between their
+    shares below a value exceeds this limit once in 1000 times."""
+    both = torch.tensor([*ours, *theirs], dtype=torch.float64)
+    a, b = both[: len(ours)].sort().values, both[len(ours) :].sort().values
+    below = [torch.searchsorted(x, both + 1e-6) / len(x) for x in (a, b)]
+    limit = 1.95 * math.sqrt(1 / len(a) + 1 / len(b))
+    assert (below[0] - below[1]).abs().max() < limit, name
 
 
 def crop_with_boxes(script, x, monkeypatch):
@@ -32,22 +55,13 @@ def crop_with_boxes(script, x, monkeypatch):
 
 
 def test_crop_equals_torchvision(script, monkeypatch):
-    """But for the view's border, which may see half a pixel beyond the box."""
     torch.manual_seed(0)
     x = torch.rand(64, 3, 32, 32)
     views, left, top, width, height = crop_with_boxes(script, x, monkeypatch)
     for i in range(64):
         expected = TF.resized_crop(x[i], top[i], left[i], height[i], width[i], [32, 32])
-        h, w = math.ceil(16 / height[i]), math.ceil(16 / width[i])  # half a pixel of the image
-        inside = (slice(None), slice(h, -h), slice(w, -w))
-        torch.testing.assert_close(views[i][inside], expected[inside], atol=EXACT, rtol=0)
+        torch.testing.assert_close(views[i], expected, atol=EXACT, rtol=0)
     assert len(set(zip(left, top, width, height))) > 50
-
-
-def test_a_white_image_has_white_views(script):
-    torch.manual_seed(0)
-    views = script.random_resized_crop(torch.ones(64, 3, 32, 32))
-    torch.testing.assert_close(views, torch.ones_like(views), atol=EXACT, rtol=0)
 
 
 def test_boxes_are_drawn_as_torchvision_draws_them(script, monkeypatch):
@@ -55,13 +69,11 @@ def test_boxes_are_drawn_as_torchvision_draws_them(script, monkeypatch):
     n, size = 4000, 32
     x = torch.zeros(n, 3, size, size)
     _, left, top, width, height = crop_with_boxes(script, x, monkeypatch)
-    reference = v2.RandomResizedCrop(size, scale=(0.2, 1))
-    drawn = [reference.make_params([x[0]]) for _ in range(n)]
+    drawn = [CROP.make_params([x[0]]) for _ in range(n)]
     for ours, name in ((left, "left"), (top, "top"), (width, "width"), (height, "height")):
-        ours = torch.tensor(ours).bincount(minlength=size + 1).cumsum(0) / n
-        theirs = torch.tensor([p[name] for p in drawn]).bincount(minlength=size + 1).cumsum(0) / n
-        # Kolmogorov-Smirnov: below 0.0436 in 99.9 % of the draws from one distribution
-        assert (ours - theirs).abs().max() < 0.0436, name
+        assert_alike(ours, [p[name] for p in drawn], name)
+    ratios = [p["width"] / p["height"] for p in drawn]
+    assert_alike([w / h for w, h in zip(width, height)], ratios, "ratio")
 
 
 def test_where_no_box_fits_the_view_is_the_whole_image(script, monkeypatch):
@@ -121,6 +133,67 @@ def reference_view(x, draws, order, blur, solarize):
         x = TF.solarize(x, 0.5) if next(draws) < solarize else x
     assert list(draws) == []
     return x
+
+
+def test_the_draws_have_the_ranges_of_the_recipe(script, monkeypatch):
+    """In the order of the code; that they do what they should is tested below."""
+    ranges, orders = [], []
+    uniform, randperm = torch.Tensor.uniform_, torch.randperm
+
+    def spy(x, low, high):
+        ranges.append((low, high))
+        return uniform(x, low, high)
+
+    monkeypatch.setattr(torch.Tensor, "uniform_", spy)
+    monkeypatch.setattr(torch, "randperm", lambda n: orders.append(randperm(n)) or orders[-1])
+    script.augment(torch.zeros(2, 3, 72, 72, dtype=torch.uint8))
+    low, high = CROP.ratio
+    expected = [CROP.scale, (math.log(low), math.log(high)), (0, 1)]  # crop; a coin for flip
+    jitter = [JITTER.brightness, JITTER.contrast, JITTER.saturation, JITTER.hue]
+    expected += [jitter[change] for change in orders[0]]
+    expected += [(0, 1), (0, 1), BLUR.sigma, (0, 1)]  # coins for jitter, gray, blur
+    expected += [(0, 1)] if script.__name__ == "byol" else []  # for solarization
+    assert len(ranges) == len(expected)
+    for drawn, wanted in zip(ranges, expected):
+        assert drawn == pytest.approx(wanted)
+
+
+def scene():
+    """A picture (3, 72, 72) uint8 with slopes, edges and colors."""
+    x, y = torch.meshgrid(torch.arange(72), torch.arange(72), indexing="xy")
+    board = 60 * ((x // 6 + y // 6) % 2)
+    return torch.stack([60 + 2 * x, 40 + board + y, 30 + board]).to(torch.uint8)
+
+
+def look(views):
+    """Numbers of each view (N, 3, S, S) that a change of the recipe would change."""
+    r, g, b = views.unbind(1)
+    gray = views.mean(1)
+    steps = gray.diff(dim=2).abs().flatten(1)
+    return {
+        "brightness": gray.mean((1, 2)),
+        "contrast": gray.std((1, 2)),
+        "saturation": (views.amax(1) - views.amin(1)).mean((1, 2)),
+        "red less green": (r - g).mean((1, 2)),
+        "green less blue": (g - b).mean((1, 2)),
+        "right less left": (r[:, :, 36:] - r[:, :, :36]).mean((1, 2)),
+        "sharpness": steps.amax(1) / steps.mean(1).clamp(min=1e-3),
+    }
+
+
+@pytest.fixture(scope="module")
+def torchvisions():
+    """What the recipe makes of a picture 1,500 times."""
+    torch.manual_seed(0)
+    return look(torch.stack([RECIPE(scene() / 255) for _ in range(1500)]))
+
+
+def test_views_look_like_torchvisions(script, torchvisions):
+    """The whole recipe at once: each number is spread over the views as over torchvision's."""
+    torch.manual_seed(1)
+    batches = [script.augment(scene().expand(10, 3, 72, 72)) for _ in range(150)]
+    for name, ours in look(torch.cat(batches)).items():
+        assert_alike(ours.tolist(), torchvisions[name].tolist(), name)
 
 
 @pytest.mark.parametrize(("size", "blur"), [(16, None), (80, 9)])
