@@ -1,6 +1,8 @@
 """What the tests share: the scripts as modules, a small image folder, a run of each script."""
 
 import importlib
+import math
+import shutil
 import sys
 from functools import partial
 from pathlib import Path
@@ -63,6 +65,29 @@ def folder(tmp_path_factory):
     write_images(root / "train", 16, seed=0)
     write_images(root / "test", 8, seed=1)
     return root
+
+
+@pytest.fixture(scope="session")
+def mislabeled(folder, tmp_path_factory):
+    """The same with every other test image in the next class: no network reaches 100 %."""
+    root = tmp_path_factory.mktemp("mislabeled")
+    shutil.copytree(folder, root, dirs_exist_ok=True)
+    names = [*CLASSES]
+    for i, name in enumerate(names):
+        for path in sorted((folder / "test" / name).glob("*[02468].png")):
+            old, new = root / "test" / name, root / "test" / names[(i + 1) % 3]
+            (old / path.name).rename(new / f"from {name} {path.name}")
+    return root
+
+
+def vote(bank, labels, h, k, temperature):
+    """The class that wins among the k features (N, D) nearest to h (D,), from the definition."""
+    cosines = (bank * h).sum(1) / bank.norm(dim=1) / h.norm()
+    votes = {}
+    for i in cosines.argsort(descending=True)[:k].tolist():
+        weight = math.exp(cosines[i] / temperature)
+        votes[int(labels[i])] = votes.get(int(labels[i]), 0) + weight
+    return min(votes, key=lambda y: (-round(votes[y], 5), y))
 
 
 @pytest.fixture(scope="session")

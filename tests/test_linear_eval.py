@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Small
+from conftest import Small, vote
 from PIL import Image
 from torch import nn
 from torchvision import models
@@ -581,15 +581,6 @@ def test_weight_decay_is_chosen_on_what_is_held_out():
     assert linear_eval.linear_probe(h, y)[1] >= 1e-2
 
 
-def vote(bank, labels, h, k, temperature):
-    """The class that wins among the k nearest, from the definition."""
-    cosines = F.cosine_similarity(bank, h[None])
-    votes = collections.Counter()
-    for i in cosines.argsort(descending=True)[:k].tolist():
-        votes[int(labels[i])] += (cosines[i] / temperature).exp().item()
-    return min(votes, key=lambda y: (-round(votes[y], 5), y))
-
-
 @pytest.mark.parametrize(("k", "temperature"), [(1, 0.1), (20, 0.1), (10, float("inf"))])
 def test_knn_against_a_brute_force_vote(k, temperature):
     (h, y), (test_h, test_y) = blobs(300, seed=2), blobs(50, seed=3)
@@ -614,13 +605,13 @@ def test_untrained_floor(folder, capsys):
     assert lines[4].endswith("(k=10, temperature inf)")
 
 
-def test_printed_accuracy_is_that_of_the_saved_features(folder, tmp_path, capsys):
+def test_printed_accuracy_is_that_of_the_saved_features(mislabeled, tmp_path, capsys):
     """They are the network's; a layer fitted to them is as good as it is said to be."""
     network, _, _ = build("resnet18", small_stem=True)
     torch.save(network.state_dict(), tmp_path / "network.pth")
     out = tmp_path / "new" / "features.pt"
     inputs = ["--mean", 0.1, 0.2, 0.3, "--std", 0.9, 1, 1.1]
-    probe(tmp_path / "network.pth", "--data", folder, "--size", 8, "--features", out, *inputs)
+    probe(tmp_path / "network.pth", "--data", mislabeled, "--size", 8, "--features", out, *inputs)
     printed = capsys.readouterr().out
     assert "mean=[0.1, 0.2, 0.3], std=[0.9, 1.0, 1.1]" in printed
     saved = torch.load(out)
@@ -630,20 +621,26 @@ def test_printed_accuracy_is_that_of_the_saved_features(folder, tmp_path, capsys
         assert [*saved[split]] == ["features", "labels", "paths"]
         assert len(saved[split]["features"]) == len(saved[split]["paths"]) == count
         for _, y, path in zip(*saved[split].values()):
-            assert Path(path).parent == folder / split / ["blue", "green", "red"][y]
+            assert Path(path).parent == mislabeled / split / ["blue", "green", "red"][y]
         x = [linear_eval.load_picture(Path(path), 8) / 255 for path in saved[split]["paths"]]
         mean = torch.tensor([0.1, 0.2, 0.3])[:, None, None]
         x = (torch.stack(x) - mean) / torch.tensor([0.9, 1, 1.1])[:, None, None]
         with torch.no_grad():
             torch.testing.assert_close(network(x), saved[split]["features"], rtol=1e-4, atol=1e-4)
+    h, y, _ = saved["train"].values()
+    test_h, test_y, _ = saved["test"].values()
     torch.manual_seed(0)
     linear_eval.build_backbone("resnet18", True, False)  # no draws but its weights' come before
-    layer, _ = linear_eval.linear_probe(saved["train"]["features"], saved["train"]["labels"])
-    top1 = (layer(saved["test"]["features"]).argmax(1) == saved["test"]["labels"]).float().mean()
+    layer, _ = linear_eval.linear_probe(h, y)
+    top1 = (layer(test_h).argmax(1) == test_y).float().mean()
+    for k, temperature in ((200, 0.1), (10, torch.inf)):
+        chosen = torch.tensor([vote(h, y, query, k, temperature) for query in test_h])
+        knn = 100 * (chosen == test_y).float().mean()
+        assert f"kNN top-1: {knn:.2f}% (k={min(k, 48)}, temperature {temperature})" in printed
     assert f"linear top-1: {100 * top1:.2f}% (weight decay " in printed
     before = out.read_bytes()
     with pytest.raises(SystemExit, match=r"features\.pt exists: choose another name"):
-        probe(tmp_path / "network.pth", "--data", folder, "--features", out)
+        probe(tmp_path / "network.pth", "--data", mislabeled, "--features", out)
     assert out.read_bytes() == before
 
 

@@ -2,12 +2,13 @@
 
 import copy
 import math
+from typing import NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision.transforms.v2.functional as TF
-from conftest import METHODS, NARROW, shrink
+from conftest import METHODS, NARROW, shrink, vote
 from torch import nn
 
 import byol
@@ -283,22 +284,124 @@ def test_simclr_forward_is_nt_xent_of_the_projections():
     torch.testing.assert_close(z1, z[0])
 
 
-def test_default_widths_are_the_recipes(script):
-    model = getattr(script, METHODS[script.__name__])(script.build_backbone("resnet18", 32))
-    shapes = {
-        "simsiam": [(2048, 512), (2048, 2048), (512, 2048), (2048, 512)],
-        "byol": [(4096, 512), (256, 4096), (4096, 256), (256, 4096)],
-        "simclr": [(1024, 512), (128, 1024)],
-    }[script.__name__]
-    heads = [model.projector, getattr(model, "predictor", nn.Identity())]
-    linear = [m for head in heads for m in head.modules() if isinstance(m, nn.Linear)]
-    assert [tuple(layer.weight.shape) for layer in linear] == shapes
-    biases = {  # as in each method's official code
-        "simsiam": [False, False, False, True],
-        "byol": [True, False, True, False],
-        "simclr": [True, False],
-    }[script.__name__]
-    assert [layer.bias is not None for layer in linear] == biases
+def layers(head):
+    """[(kind, what it is made of), ...] of a projector or predictor."""
+    listed = []
+    for layer in head:
+        kind = type(layer).__name__
+        if kind == "Linear":
+            bias = "bias" if layer.bias is not None else "no bias"
+            listed.append((kind, layer.in_features, layer.out_features, bias))
+        elif kind == "BatchNorm1d":
+            affine = "affine" if layer.affine else "not affine"
+            listed.append((kind, layer.num_features, affine, layer.eps, layer.momentum))
+        else:
+            listed.append((kind,))
+    return listed
+
+
+def linear(inputs, outputs, bias):
+    return "Linear", inputs, outputs, bias
+
+
+def norm(width, affine="affine"):
+    return "BatchNorm1d", width, affine, 1e-5, 0.1
+
+
+RELU = ("ReLU",)
+MLP = [norm(4096), RELU, linear(4096, 256, "no bias")]  # BYOL Sec. 3.3
+HEADS = {  # biases as in each method's official code
+    "simsiam": {  # App. D, and the authors' simsiam/builder.py
+        "projector": [linear(512, 2048, "no bias"), norm(2048), RELU]
+        + [linear(2048, 2048, "no bias"), norm(2048, "not affine")],
+        "predictor": [linear(2048, 512, "no bias"), norm(512), RELU, linear(512, 2048, "bias")],
+    },
+    "byol": {
+        "projector": [linear(512, 4096, "bias"), *MLP],
+        "predictor": [linear(256, 4096, "bias"), *MLP],
+    },
+    "simclr": {  # dkobak/simclr-cifar10
+        "projector": [linear(512, 1024, "bias"), RELU, linear(1024, 128, "no bias")],
+    },
+}
+
+
+def test_heads_are_the_recipes(script):
+    """Layer by layer; BYOL's target has the projector's."""
+    name = script.__name__
+    model = getattr(script, METHODS[name])(script.build_backbone("resnet18", 32))
+    heads = {part: layers(getattr(model, part)) for part in HEADS[name]}
+    assert heads == HEADS[name]
+    parts = {"backbone", *heads}
+    if name == "byol":
+        assert layers(model.target[1]) == HEADS[name]["projector"]
+        parts.add("target")
+    assert {part for part, _ in model.named_children()} == parts
+
+
+class Recipe(NamedTuple):
+    """Of a run without flags: what the sources use for CIFAR-10."""
+
+    lr: float  # at a batch of 512, before it falls
+    weight_decay: float
+    own: dict  # of the method
+    epochs: int = 100
+    batch: int = 512
+    size: int = 32
+    momentum: float = 0.9
+
+
+RECIPES = {
+    "simsiam": Recipe(0.03 * 512 / 256, 5e-4, {"stop_grad": True}),  # App. D
+    # lightly's 0.06 at a batch of 128 with 5e-4 and a constant tau of 0.99, here for a loss four
+    # times as large; tau rises to 1 as in Sec. 3.3
+    "byol": Recipe(0.06 * 512 / 128 / 4, 4 * 5e-4, {"tau": 0.99}),
+    "simclr": Recipe(0.06 * 512 / 256, 5e-4, {"temperature": 0.5}),  # dkobak; App. B.9
+}
+
+
+def test_a_run_without_flags_is_the_recipe(script, tmp_path, monkeypatch):
+    """Of 1,024 images: two steps an epoch. By the sources, not by the code."""
+    seen, rates = [], []
+    recipe = RECIPES[script.__name__]
+
+    def spy(network, optimizer, x, bf16):
+        seen.append((network, optimizer, dict(optimizer.param_groups[0]), x.shape))
+        return torch.zeros(()), torch.eye(4)
+
+    def load(args, split):
+        count = 1024 if split == "train" else 0
+        return torch.zeros(count, 3, args.size, args.size, dtype=torch.uint8), -torch.ones(count)
+
+    monkeypatch.setattr(script, "load_split", load)
+    monkeypatch.setattr(script, "train_step", spy)
+    monkeypatch.setattr(script, "save", lambda *_: None)
+    if script is byol:
+        monkeypatch.setattr(byol.BYOL, "update_target", lambda _, rate: rates.append(rate))
+    script.main(["--device", "cpu", "--out", str(tmp_path / "run")])
+
+    network, optimizer, _, _ = seen[0]
+    steps = 2 * recipe.epochs
+    assert len(seen) == steps
+    assert {shape for *_, shape in seen} == {(recipe.batch, 3, recipe.size, recipe.size)}
+    assert type(optimizer) is torch.optim.SGD
+    groups = [group for _, _, group, _ in seen]
+    for group in groups:
+        assert (group["momentum"], group["nesterov"], group["dampening"]) == (0.9, False, 0)
+        assert group["weight_decay"] == pytest.approx(recipe.weight_decay)
+    assert len(optimizer.param_groups) == 1
+    trained = {p for p in network.parameters() if p.requires_grad}
+    assert trained == {p for p in optimizer.param_groups[0]["params"] if p.requires_grad}
+    for step in (0, steps // 2, steps - 1):  # half a cosine, without warm-up
+        share = math.cos(math.pi / 2 * (step + 0.5) / steps) ** 2
+        assert groups[step]["lr"] == pytest.approx(recipe.lr * share)
+        if script is byol:
+            assert 1 - rates[step] == pytest.approx(1 - (1 - recipe.own["tau"]) * share)
+    for name in recipe.own.keys() - {"tau"}:
+        assert getattr(network, name) == recipe.own[name]
+    for layer in network.modules():
+        if isinstance(layer, nn.Conv2d):
+            assert layer.weight.is_contiguous(memory_format=torch.channels_last)
 
 
 def printed_spread(printed):
@@ -351,23 +454,13 @@ def test_backbone_stem_follows_the_size(script, size, features):
     assert all(not block.bn2.weight.any() for block in backbone.layer1)  # zero_init_residual
 
 
-def vote(train_h, train_y, h, k, temperature):
-    """The class that wins among the k nearest, from the definition."""
-    cosines = [(cosine_by_hand(h, other), int(y)) for other, y in zip(train_h, train_y)]
-    votes = {}
-    for cosine, y in sorted(cosines, reverse=True)[:k]:
-        votes[y] = votes.get(y, 0) + math.exp(cosine / temperature)
-    return max(votes, key=votes.get)
-
-
 @pytest.mark.parametrize(("k", "temperature"), [(1, 0.1), (7, 0.1), (7, 1.0), (500, 0.1)])
 def test_knn_against_a_brute_force_vote(script, k, temperature):
     torch.manual_seed(0)
     bank, queries = torch.randn(50, 12) + 0.5, torch.randn(20, 12) + 0.5
     labels, truth = torch.randint(0, 4, (50,)), torch.randint(0, 4, (20,))
     hits = sum(
-        vote(bank.tolist(), labels, query, k, temperature) == y
-        for query, y in zip(queries.tolist(), truth.tolist())
+        vote(bank, labels, query, k, temperature) == y for query, y in zip(queries, truth.tolist())
     )
     accuracy = script.knn_accuracy(bank, labels, queries, truth, k, temperature)
     assert accuracy == pytest.approx(100 * hits / 20)

@@ -12,7 +12,8 @@ import sys
 
 import pytest
 import torch
-from conftest import METHODS, ROOT, Small, shrink
+import torchvision.transforms.v2.functional as TF
+from conftest import CLASSES, METHODS, ROOT, Small, shrink, vote
 from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torchvision import models
@@ -270,17 +271,55 @@ def test_errors_are_one_line_and_exit_code_not_0(name, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["a folder of classes", "one with a test split"])
-def test_the_weights_do_not_depend_on_the_test_split(script, kind, tmp_path, folder, monkeypatch):
+def test_the_seed_alone_draws_the_weights(script, kind, tmp_path, folder, monkeypatch):
+    """As after torch.manual_seed(3), whatever was read before."""
     shrink(monkeypatch, script)
     root = tmp_path / "images"
     shutil.copytree(folder / "train", root / "train")
     if kind == "one with a test split":
         shutil.copytree(folder / "test", root / "test")
-    flags = f"--data {root} --size 8 --epochs 1 --batch-size 24 --lr 0 --device cpu".split()
+    flags = f"--data {root} --size 8 --epochs 1 --batch-size 24 --lr 0 --seed 3 --device cpu"
+    script.main([*flags.split(), "--out", str(tmp_path / "run")])
+    saved = torch.load(tmp_path / "run" / "checkpoint.pt")["network"]
+    torch.manual_seed(3)
+    fresh = getattr(script, METHODS[script.__name__])(Small()).state_dict()
+    drawn = [name for name in fresh if name.endswith("weight")]
+    assert len(drawn) > 3
+    assert all(torch.equal(saved[name], fresh[name]) for name in drawn)
+
+
+def read_apart(root, split, size):
+    """Images (N, 3, size, size) in 0-1 and classes of a split, without a script's help."""
+    images, labels = [], []
+    for path in sorted(root.glob(f"{split}/*/*")):
+        with Image.open(path) as picture:
+            image = TF.center_crop(TF.resize(TF.pil_to_tensor(picture), size), size)
+        images.append(image / 255)
+        labels.append(sorted(CLASSES).index(path.parent.name))
+    return torch.stack(images), torch.tensor(labels)
+
+
+def test_the_logs_knn_is_that_of_the_saved_network(
+    script, mislabeled, tmp_path, monkeypatch, capsys
+):
+    """Of the test images among the training images, computed from the files alone."""
+    monkeypatch.setattr(script, "build_backbone", Small)
+    flags = f"--data {mislabeled} --size 20 --epochs 1 --batch-size 24 --device cpu".split()
     script.main([*flags, "--out", str(tmp_path / "run")])
-    saved = torch.load(tmp_path / "run" / "checkpoint.pt")["backbone"]
-    torch.manual_seed(0)
-    assert torch.equal(saved["2.weight"], Small()[2].weight)
+    backbone = Small().eval()
+    backbone.load_state_dict(torch.load(tmp_path / "run" / "checkpoint.pt")["backbone"])
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    h, y = {}, {}
+    for split in ("train", "test"):
+        x, y[split] = read_apart(mislabeled, split, 20)
+        h[split] = backbone(TF.normalize(x, mean, std)).detach()
+    hits = [
+        vote(h["train"], y["train"], query, 200, 0.1) == truth
+        for query, truth in zip(h["test"], y["test"].tolist())
+    ]
+    assert len(hits) == 24
+    assert 30 < 100 * sum(hits) / 24 < 80
+    assert f"  kNN {100 * sum(hits) / 24:.2f}  " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("method", METHODS)
