@@ -4,6 +4,9 @@
     python linear_eval.py resnet50.pth --data FOLDER --size 224
     python linear_eval.py                                # an untrained ResNet-18: the floor
 
+The floor has torchvision's usual initialization. The scripts begin with blocks that add nothing
+(zero_init_residual); without training these would only be a shorter network, and a lower floor.
+
 A file may hold anything beside the network, which is found by its tensors' shapes and the last
 parts of their names, in order. The rest is assumed: mean and std of the pixels (see --mean
 and --std); a max-pool after a 7x7 stem only (see --max-pool); stride and padding of 1 for a 3x3
@@ -107,7 +110,7 @@ def modules_before_layer1(names):
 
 def build_backbone(arch, small_stem, max_pool):
     """torchvision's ResNet without its classifier: (B, 3, S, S) -> (B, 512 or 2048)."""
-    backbone = models.get_model(arch, zero_init_residual=True)
+    backbone = models.get_model(arch)
     backbone.fc = nn.Identity()
     if small_stem:  # it keeps the resolution, SimCLR App. B.9
         backbone.conv1 = nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)

@@ -161,7 +161,7 @@ def test_key_layouts(layout, tmp_path):
 @pytest.mark.parametrize(
     ("arch", "small_stem"),
     [("resnet18", True), ("resnet34", False), ("resnet50", False), ("resnet50", True)]
-    + [("resnet101", False), ("wide_resnet50_2", False), ("resnext50_32x4d", False)],
+    + [("wide_resnet50_2", False), ("resnext50_32x4d", False)],
 )
 def test_architectures(arch, small_stem, tmp_path):
     network, x, features = build(arch, small_stem)
@@ -527,7 +527,7 @@ def test_a_nearly_dead_feature_does_no_harm():
 def test_the_features_of_a_collapsed_network_are_fitted_too():
     """All on one line, where rounding makes a covariance in float32 indefinite."""
     torch.manual_seed(0)
-    h = 5 * torch.rand(2048) + 0.01 * torch.randn(1000, 1)
+    h = 5 * torch.rand(512) + 0.01 * torch.randn(1000, 1)
     y = torch.arange(1000) % 2
     layer, _ = linear_eval.linear_probe(h, y)
     assert layer.weight.isfinite().all()
@@ -581,20 +581,13 @@ def test_weight_decay_is_chosen_on_what_is_held_out():
     assert linear_eval.linear_probe(h, y)[1] >= 1e-2
 
 
-@pytest.mark.parametrize(("k", "temperature"), [(1, 0.1), (20, 0.1), (10, float("inf"))])
-def test_knn_against_a_brute_force_vote(k, temperature):
-    (h, y), (test_h, test_y) = blobs(300, seed=2), blobs(50, seed=3)
-    hits = sum(vote(h, y, q, k, temperature) == t for q, t in zip(test_h, test_y.tolist()))
-    accuracy = linear_eval.knn_accuracy(h, y, test_h, test_y, k, temperature)
-    assert accuracy == pytest.approx(2 * hits)
-
-
 def probe(*flags):
     linear_eval.main([*map(str, flags), "--device", "cpu"])
 
 
-def test_untrained_floor(folder, capsys):
-    probe("--data", folder, "--size", 8)
+def test_untrained_floor(folder, tmp_path, capsys):
+    """As torchvision builds it: with zero_init_residual its blocks would add nothing."""
+    probe("--data", folder, "--size", 8, "--seed", 3, "--features", tmp_path / "f.pt")
     lines = capsys.readouterr().out.splitlines()
     assert "mean=(0.485, 0.456, 0.406)" in lines[0]
     assert lines[1] == "train: 48 images of 8 px, 512 features"
@@ -603,6 +596,15 @@ def test_untrained_floor(folder, capsys):
     assert [line.split(":")[0] for line in lines[3:]] == expected
     assert lines[3].endswith("(k=48, temperature 0.1)")
     assert lines[4].endswith("(k=10, temperature inf)")
+    torch.manual_seed(3)
+    network = models.resnet18()
+    network.fc = network.maxpool = nn.Identity()
+    network.conv1 = nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)
+    saved = torch.load(tmp_path / "f.pt")["test"]
+    x = torch.stack([linear_eval.load_picture(Path(path), 8) for path in saved["paths"]])
+    x = linear_eval.TF.normalize(x / 255, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    with torch.no_grad():
+        torch.testing.assert_close(network.eval()(x), saved["features"], rtol=1e-4, atol=1e-4)
 
 
 def test_printed_accuracy_is_that_of_the_saved_features(mislabeled, tmp_path, capsys):

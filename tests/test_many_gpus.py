@@ -3,12 +3,10 @@
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 from importlib import util
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -337,34 +335,3 @@ def test_one_process_trains_as_the_plain_script(script, parallel, folder, tmp_pa
     ] == []
     for x, y in zip(a["log"], b["log"], strict=True):
         assert x.split(",")[:4] + x.split(",")[5:] == y.split(",")[:4] + y.split(",")[5:]
-
-
-def processes_of(text):
-    """{rank: process id} of the running workers with text in their command line."""
-    found = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            words = (folder / "cmdline").read_bytes().decode().split("\0")
-            variables = (folder / "environ").read_bytes().decode().split("\0")
-        except (OSError, UnicodeDecodeError):
-            continue
-        ranks = [v.removeprefix("RANK=") for v in variables if v.startswith("RANK=")]
-        if ranks and text in words:
-            found[int(ranks[0])] = int(folder.name)
-    return found
-
-
-@pytest.mark.skipif(not Path("/proc").exists(), reason="finds the ranks through /proc")
-def test_a_killed_rank_ends_the_run(patched, folder, tmp_path):
-    out = str(tmp_path / "run")
-    flags = f"--data {folder} {FLAGS} --epochs 1000 --out {out}".split()
-    process = torchrun(patched, patched / "simsiam.py", *flags)
-    line = ""
-    while "epoch 1 " not in line:
-        line = process.stdout.readline()
-        assert line, process.stderr.read()
-    os.kill(processes_of(out)[1], signal.SIGKILL)
-    _, err = process.communicate(timeout=100)
-    assert process.returncode != 0
-    assert "SIGKILL" in err or "exitcode: -9" in err.replace(" ", "").replace(":", ": ")
-    assert processes_of(out) == {}
