@@ -11,9 +11,9 @@
         target = tau target + (1 - tau) online  # Eq. (1), weight by weight
 
 Collapse (all p and t alike, L = 0) does not happen with predictor and slow target (Sec. 3.2).
-Differs from the paper: ResNet-18; SimSiam's views, the second solarized at times; SGD without
-warm-up, which lets BatchNorm's weights and all biases decay too. Its rates, 0.03 and 2e-3, are
-lightly's 0.12 and 5e-4, whose loss is a quarter of this one.
+Differs from the paper: ResNet-18, SimSiam's views (the second is solarized at times, as in the
+paper), SGD without warm-up, weight decay on biases and BatchNorm's weights too. Its rates, 0.03
+and 2e-3, are lightly's 0.12 and 5e-4, whose loss is a quarter of L.
 
     python byol.py && python linear_eval.py runs/byol/checkpoint.pt
 """

@@ -12,8 +12,8 @@ By chance L is ln(2B - 1), 6.9 for B = 512; with tau = 0.5 it cannot fall below 
 Collapse, one z for all images, is ruled out: L pushes the views of different images apart.
 Differs from the paper (App. B.9, CIFAR-10): ResNet-18, 100 epochs instead of 1000, SGD with
 weight decay 5e-4 (on biases and BatchNorm's weights too) and no warm-up instead of LARS with
-1e-6, a projector 1024 wide and without the BatchNorm of the authors' code, crops from 0.2 of
-the area instead of 0.08.
+1e-6, crops from 0.2 of the area instead of 0.08; and from the authors' code: a projector 1024
+wide without BatchNorm, and a batch for each view, where BatchNorm sees both in one there.
 
     python simclr.py && python linear_eval.py runs/simclr/checkpoint.pt
 """
