@@ -10,10 +10,10 @@
         update all but the target by the gradient of L
         target = tau target + (1 - tau) online  # Eq. (1), weight by weight
 
-Collapse (all p and t alike, L = 0) does not happen with predictor and slow target (Sec. 3.2).
-Differs from the paper: ResNet-18, SimSiam's views (the second is solarized at times, as in the
-paper), SGD without warm-up, weight decay on biases and BatchNorm's weights too. Its rates, 0.03
-and 2e-3, are lightly's 0.12 and 5e-4, whose loss is a quarter of L.
+Collapse (all p and t alike, L = 0) is kept away by predictor and slow target (Sec. 3.2).
+Differs from the paper: ResNet-18; SimSiam's views, though the second may be solarized as in the
+paper; SGD without warm-up, with weight decay on biases and BatchNorm too. An lr of 0.03 with a
+decay of 2e-3 is lightly's 0.12 with 5e-4, for a loss of four times the gradient.
 
     python byol.py && python linear_eval.py runs/byol/checkpoint.pt
 """
@@ -47,7 +47,7 @@ def random_resized_crop(x):
     width, height = width.gather(1, first), height.gather(1, first)  # (B, 1) each
     left = (torch.rand_like(width) * (S - width + 1)).floor()  # 0, 1, ..., S - width
     top = (torch.rand_like(height) * (S - height + 1)).floor()
-    # Where the view's columns and rows lie in the image, in pixels; none is beyond the box
+    # Where the view's columns and rows lie in the image, in pixels; clamped to the box's own
     middles = (torch.arange(S, device=x.device) + 0.5) / S  # (S,): 0 to 1 across the box
     columns = (left + width * middles).clamp(left + 0.5, left + width - 0.5)  # (B, S)
     rows = (top + height * middles).clamp(top + 0.5, top + height - 0.5)  # (B, S)
@@ -60,7 +60,7 @@ def rotate_hue(x, turns):
     r, g, b = x.split(1, dim=1)  # (B, 1, S, S) each
     largest = x.amax(1, keepdim=True)
     chroma = largest - x.amin(1, keepdim=True)
-    divisor = chroma.clamp(min=1e-8)  # not 0 for gray, which has any hue
+    divisor = chroma.clamp(min=1e-8)  # not 0 for gray, whose hue has no effect
     # Hue in sixths: that of the largest channel (red 0, green 2, blue 4), plus -1 to 1
     hue = 4 + (r - g) / divisor
     hue = torch.where(largest == g, 2 + (b - r) / divisor, hue)
@@ -83,7 +83,7 @@ def augment(images, solarize=0.0):
     x = torch.where(draw(0, 1) < 0.5, x.flip(3), x)
     changes = ["brightness", "contrast", "saturation", "hue"]
     jittered = x
-    for i in torch.randperm(4).tolist():  # one order for all; on the CPU: no wait for a GPU
+    for i in torch.randperm(4).tolist():  # one order for all; on the CPU, to read it at once
         if changes[i] == "brightness":
             jittered = draw(0.6, 1.4) * jittered
         elif changes[i] == "contrast":
@@ -97,7 +97,7 @@ def augment(images, solarize=0.0):
         jittered = jittered.clamp(0, 1)
     x = torch.where(draw(0, 1) < 0.8, jittered, x)
     x = torch.where(draw(0, 1) < 0.2, TF.rgb_to_grayscale(x), x)
-    if x.shape[-1] > 64:  # no blur for CIFAR-10, SimSiam App. D
+    if x.shape[-1] > 64:  # small images are not blurred, SimSiam App. D
         sigma = torch.empty(1).uniform_(0.1, 2).item()  # in pixels, one for all
         width = 2 * (x.shape[-1] // 20) + 1  # the kernel's: odd, a tenth of the image's
         blurred = TF.gaussian_blur(x, [width, 1], sigma)  # along the rows

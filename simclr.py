@@ -10,10 +10,10 @@
 
 By chance L is ln(2B - 1), 6.9 for B = 512; with tau = 0.5 it cannot fall below 4.9.
 Collapse, one z for all images, is ruled out: L pushes the views of different images apart.
-Differs from the paper (App. B.9, CIFAR-10): ResNet-18, 100 epochs instead of 1000, SGD with
-weight decay 5e-4 (on biases and BatchNorm's weights too) and no warm-up instead of LARS with
-1e-6, crops from 0.2 of the area instead of 0.08; and from the authors' code: a projector 1024
-wide without BatchNorm, and a batch for each view, where BatchNorm sees both in one there.
+Differs from the paper (App. B.9, CIFAR-10): ResNet-18; 100 epochs, not 1000; crops from 0.2 of
+the area, not 0.08; one color order and blur's sigma a batch; for LARS with a decay of 1e-6 SGD
+with 5e-4, on biases and BatchNorm too, and no warm-up. In the authors' code the projector has
+BatchNorm, and both views go through the networks as one batch of 2B.
 
     python simclr.py && python linear_eval.py runs/simclr/checkpoint.pt
 """
@@ -46,7 +46,7 @@ def random_resized_crop(x):
     width, height = width.gather(1, first), height.gather(1, first)  # (B, 1) each
     left = (torch.rand_like(width) * (S - width + 1)).floor()  # 0, 1, ..., S - width
     top = (torch.rand_like(height) * (S - height + 1)).floor()
-    # Where the view's columns and rows lie in the image, in pixels; none is beyond the box
+    # Where the view's columns and rows lie in the image, in pixels; clamped to the box's own
     middles = (torch.arange(S, device=x.device) + 0.5) / S  # (S,): 0 to 1 across the box
     columns = (left + width * middles).clamp(left + 0.5, left + width - 0.5)  # (B, S)
     rows = (top + height * middles).clamp(top + 0.5, top + height - 0.5)  # (B, S)
@@ -59,7 +59,7 @@ def rotate_hue(x, turns):
     r, g, b = x.split(1, dim=1)  # (B, 1, S, S) each
     largest = x.amax(1, keepdim=True)
     chroma = largest - x.amin(1, keepdim=True)
-    divisor = chroma.clamp(min=1e-8)  # not 0 for gray, which has any hue
+    divisor = chroma.clamp(min=1e-8)  # not 0 for gray, whose hue has no effect
     # Hue in sixths: that of the largest channel (red 0, green 2, blue 4), plus -1 to 1
     hue = 4 + (r - g) / divisor
     hue = torch.where(largest == g, 2 + (b - r) / divisor, hue)
@@ -82,7 +82,7 @@ def augment(images):
     x = torch.where(draw(0, 1) < 0.5, x.flip(3), x)
     changes = ["brightness", "contrast", "saturation", "hue"]
     jittered = x
-    for i in torch.randperm(4).tolist():  # one order for all; on the CPU: no wait for a GPU
+    for i in torch.randperm(4).tolist():  # one order for all; on the CPU, to read it at once
         if changes[i] == "brightness":
             jittered = draw(0.6, 1.4) * jittered
         elif changes[i] == "contrast":
@@ -96,7 +96,7 @@ def augment(images):
         jittered = jittered.clamp(0, 1)
     x = torch.where(draw(0, 1) < 0.8, jittered, x)
     x = torch.where(draw(0, 1) < 0.2, TF.rgb_to_grayscale(x), x)
-    if x.shape[-1] > 64:  # no blur for CIFAR-10, SimSiam App. D
+    if x.shape[-1] > 64:  # small images are not blurred, SimSiam App. D
         sigma = torch.empty(1).uniform_(0.1, 2).item()  # in pixels, one for all
         width = 2 * (x.shape[-1] // 20) + 1  # the kernel's: odd, a tenth of the image's
         blurred = TF.gaussian_blur(x, [width, 1], sigma)  # along the rows

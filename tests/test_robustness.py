@@ -44,6 +44,7 @@ def start(method, tmp_path, *flags):
     return subprocess.Popen(
         command,
         env={**os.environ, **environment},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's "&" ignores it
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -325,6 +325,20 @@ def test_checkpoint_goes_through_linear_eval(method, runs, capsys):
     assert float(accuracy[1]) > 80
 
 
+def test_the_temperature_reaches_the_loss(arguments, tmp_path, monkeypatch):
+    simclr = importlib.import_module("simclr")
+    shrink(monkeypatch, simclr)
+    seen, nt_xent = set(), simclr.nt_xent
+
+    def spy(z1, z2, temperature):
+        seen.add(temperature)
+        return nt_xent(z1, z2, temperature)
+
+    monkeypatch.setattr(simclr, "nt_xent", spy)
+    simclr.main([*arguments, "--temperature", "0.2", "--out", str(tmp_path / "run")])
+    assert seen == {0.2}
+
+
 def test_no_stop_grad_reaches_the_method(arguments, tmp_path, monkeypatch):
     simsiam = importlib.import_module("simsiam")
     shrink(monkeypatch, simsiam)
