@@ -8,12 +8,12 @@
         t1, t2 = target(x1), target(x2)         # of a slow copy of backbone and projector
         L = R(p1, t2) + R(p2, t1)               # R(p, t) = 2 - 2 cosine(p, t)
         update all but the target by the gradient of L
-        target = tau target + (1 - tau) online  # Eq. (1), weight by weight
+        target = tau target + (1 - tau) (backbone, projector)   # Eq. (1), weight by weight
 
 Collapse (all p and t alike, L = 0) is kept away by predictor and slow target (Sec. 3.2).
-Differs from the paper: ResNet-18; SimSiam's views, though the second may be solarized as in the
-paper; SGD without warm-up, with weight decay on biases and BatchNorm too. An lr of 0.03 with a
-decay of 2e-3 is lightly's 0.12 with 5e-4, for a loss of four times the gradient.
+Differs from the paper: ResNet-18, 100 epochs, tau from 0.99; SimSiam's views, though the second
+may be solarized as in the paper; SGD instead of LARS, no warm-up, weight decay on biases and
+BatchNorm too. lr 0.03 and decay 2e-3 are lightly's 0.12 and 5e-4, for its loss, L / 4 - 1.
 
     python byol.py && python linear_eval.py runs/byol/checkpoint.pt
 """

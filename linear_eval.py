@@ -4,8 +4,8 @@
     python linear_eval.py resnet50.pth --data FOLDER --size 224
     python linear_eval.py                                # an untrained ResNet-18: the floor
 
-The untrained network is initialized as is usual in torchvision. The scripts begin otherwise: with
-blocks that add nothing (zero_init_residual). Untrained, such a network is short, and worse.
+The untrained network is initialized as is usual in torchvision. The scripts begin their training
+with blocks that add nothing (zero_init_residual), which would make the floor too low.
 
 A file may hold anything beside the network, which is found by its tensors' shapes and the last
 parts of their names, in order. The rest is assumed: mean and std of the pixels (see --mean

@@ -8,12 +8,12 @@
             cosine(z, z') / tau, and the other view of the same image as the label
         update both networks by the gradient of L
 
-By chance L is ln(2B - 1), 6.9 for B = 512; with tau = 0.5 it cannot fall below 4.9.
+By chance L is ln(2B - 1), 6.9 for B = 512; with this B and tau = 0.5 it cannot fall below 4.9.
 Collapse, one z for all images, is ruled out: L pushes the views of different images apart.
 Differs from the paper (App. B.9, CIFAR-10): ResNet-18; 100 epochs, not 1000; crops from 0.2 of
-the area, not 0.08; one color order and blur's sigma a batch; for LARS with a decay of 1e-6 SGD
-with 5e-4, on biases and BatchNorm too, and no warm-up. In the authors' code the projector has
-BatchNorm, and both views go through the networks as one batch of 2B.
+the area, not 0.08; color order and blur's sigma once a batch; SGD with weight decay 5e-4, on
+biases and BatchNorm too, and no warm-up, not LARS with 1e-6; a projector 1024 wide without
+BatchNorm; and a batch for each view, where the authors' code has both in one.
 
     python simclr.py && python linear_eval.py runs/simclr/checkpoint.pt
 """

@@ -10,7 +10,7 @@
 
 Collapse: every image gets the same answer, L nears its minimum, -1, and nothing is learned. No
 term of L pushes images apart; take away stopgrad or predictor and it happens (Sec. 4.1, 4.2).
-Differs from the paper (App. D): 100 epochs, not 800; one color order and blur's sigma a batch.
+Differs from the paper (App. D): 100 epochs, not 800; color order and blur's sigma once a batch.
 
     python simsiam.py && python linear_eval.py runs/simsiam/checkpoint.pt
 """

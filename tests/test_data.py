@@ -45,6 +45,15 @@ def test_same_size_is_read_exactly_and_others_are_resized_then_cropped(script, t
     assert images[0, :, :, 1:-1].min() == 255
 
 
+def test_images_are_resized_as_pillow_does(script, tmp_path):
+    """Averaging what a pixel covers: the nearest one would be another picture."""
+    pixels = np.random.default_rng(0).integers(0, 256, (48, 48, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    images, _ = load(script, data=str(tmp_path), size=16)
+    expected = np.asarray(Image.fromarray(pixels).resize((16, 16), Image.Resampling.BILINEAR))
+    assert torch.equal(images[0], torch.from_numpy(expected.copy()).permute(2, 0, 1))
+
+
 def test_images_at_any_depth_have_no_labels(script, tmp_path):
     for i, name in enumerate(["a.png", "b/c.PNG", "b/d/e f/ü.jpg"]):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

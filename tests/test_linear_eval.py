@@ -585,30 +585,36 @@ def probe(*flags):
     linear_eval.main([*map(str, flags), "--device", "cpu"])
 
 
-def test_untrained_floor(folder, tmp_path, capsys):
+@pytest.mark.parametrize("size", [8, 72])
+def test_untrained_floor(size, folder, tmp_path, capsys):
     """As torchvision builds it: with zero_init_residual its blocks would add nothing."""
-    probe("--data", folder, "--size", 8, "--seed", 3, "--features", tmp_path / "f.pt")
+    probe("--data", folder, "--size", size, "--seed", 3, "--features", tmp_path / "f.pt")
     lines = capsys.readouterr().out.splitlines()
     assert "mean=(0.485, 0.456, 0.406)" in lines[0]
-    assert lines[1] == "train: 48 images of 8 px, 512 features"
-    assert lines[2] == "test: 24 images of 8 px, 512 features"
+    assert lines[1] == f"train: 48 images of {size} px, 512 features"
+    assert lines[2] == f"test: 24 images of {size} px, 512 features"
     expected = ["kNN top-1"] * 2 + ["linear top-1"]
     assert [line.split(":")[0] for line in lines[3:]] == expected
     assert lines[3].endswith("(k=48, temperature 0.1)")
     assert lines[4].endswith("(k=10, temperature inf)")
     torch.manual_seed(3)
     network = models.resnet18()
-    network.fc = network.maxpool = nn.Identity()
-    network.conv1 = nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)
+    network.fc = nn.Identity()
+    if size <= 64:
+        network.conv1 = nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)
+        network.maxpool = nn.Identity()
     saved = torch.load(tmp_path / "f.pt")["test"]
-    x = torch.stack([linear_eval.load_picture(Path(path), 8) for path in saved["paths"]])
+    x = torch.stack([linear_eval.load_picture(Path(path), size) for path in saved["paths"]])
     x = linear_eval.TF.normalize(x / 255, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     with torch.no_grad():
         torch.testing.assert_close(network.eval()(x), saved["features"], rtol=1e-4, atol=1e-4)
 
 
-def test_printed_accuracy_is_that_of_the_saved_features(mislabeled, tmp_path, capsys):
+def test_printed_accuracy_is_that_of_the_saved_features(mislabeled, tmp_path, monkeypatch, capsys):
     """They are the network's; a layer fitted to them is as good as it is said to be."""
+    asked, knn_accuracy = [], linear_eval.knn_accuracy
+    spy = lambda *args: asked.append(args[4:]) or knn_accuracy(*args)  # noqa: E731
+    monkeypatch.setattr(linear_eval, "knn_accuracy", spy)
     network, _, _ = build("resnet18", small_stem=True)
     torch.save(network.state_dict(), tmp_path / "network.pth")
     out = tmp_path / "new" / "features.pt"
@@ -629,6 +635,7 @@ def test_printed_accuracy_is_that_of_the_saved_features(mislabeled, tmp_path, ca
         x = (torch.stack(x) - mean) / torch.tensor([0.9, 1, 1.1])[:, None, None]
         with torch.no_grad():
             torch.testing.assert_close(network(x), saved[split]["features"], rtol=1e-4, atol=1e-4)
+    assert asked == [(200, 0.1), (10, torch.inf)]  # as lightly and MoCo; as dkobak
     h, y, _ = saved["train"].values()
     test_h, test_y, _ = saved["test"].values()
     torch.manual_seed(0)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 import torchvision.transforms.v2.functional as TF
 from conftest import METHODS, NARROW, shrink, vote
 from torch import nn
+from torchvision import models
 
 import byol
 import simclr
@@ -337,6 +338,19 @@ def test_heads_are_the_recipes(script):
         assert layers(model.target[1]) == HEADS[name]["projector"]
         parts.add("target")
     assert {part for part, _ in model.named_children()} == parts
+    frozen = {name.split(".")[0] for name, p in model.named_parameters() if not p.requires_grad}
+    assert frozen == ({"target"} if name == "byol" else set())
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
+def test_the_backbone_is_torchvisions(script, arch):
+    """Layer by layer, with the eps and momentum of each BatchNorm, but for classifier and stem."""
+    expected = models.get_model(arch)
+    expected.fc = nn.Identity()
+    assert str(script.build_backbone(arch, 96)) == str(expected)
+    expected.conv1 = nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)
+    expected.maxpool = nn.Identity()
+    assert str(script.build_backbone(arch, 32)) == str(expected)
 
 
 class Recipe(NamedTuple):
@@ -361,16 +375,18 @@ RECIPES = {
 
 
 def test_a_run_without_flags_is_the_recipe(script, tmp_path, monkeypatch):
-    """Of 1,024 images: two steps an epoch. By the sources, not by the code."""
+    """Of 1,100 images: two full steps an epoch. By the sources, not by the code."""
     seen, rates = [], []
     recipe = RECIPES[script.__name__]
 
     def spy(network, optimizer, x, bf16):
+        assert optimizer.state.get("steps", 0) == len(seen)  # momentum is never forgotten
+        optimizer.state["steps"] = len(seen) + 1
         seen.append((network, optimizer, dict(optimizer.param_groups[0]), x.shape))
         return torch.zeros(()), torch.eye(4)
 
     def load(args, split):
-        count = 1024 if split == "train" else 0
+        count = 1100 if split == "train" else 0
         return torch.zeros(count, 3, args.size, args.size, dtype=torch.uint8), -torch.ones(count)
 
     monkeypatch.setattr(script, "load_split", load)

@@ -116,11 +116,12 @@ def test_the_learning_rate_falls_by_half_a_cosine(script, folder, tmp_path, monk
 
 
 def test_an_epoch_takes_every_image_once(script, folder, tmp_path, monkeypatch):
-    """In another order each time; the loss of the log is the mean over the steps."""
-    seen = []
+    """In other batches and other views each time; the log's loss is the mean over the steps."""
+    seen, draws = [], []
 
     def spy(network, optimizer, x, bf16):
         seen.append(x)
+        draws.append(torch.rand(()).item())
         return torch.tensor(float(len(seen))), torch.eye(4)
 
     shrink(monkeypatch, script)
@@ -130,7 +131,9 @@ def test_an_epoch_takes_every_image_once(script, folder, tmp_path, monkeypatch):
     first, second = torch.cat(seen[:3]), torch.cat(seen[3:])
     for epoch in (first, second):
         assert len(epoch.flatten(1).unique(dim=0)) == 48
-    assert not torch.equal(first, second)
+    batches = [{image.numpy().tobytes() for image in batch} for batch in seen]
+    assert not [batch for batch in batches[:3] if batch in batches[3:]]
+    assert len(set(draws)) == 6
     assert [float(row["loss"]) for row in log_of(tmp_path / "run")] == [2, 5]
 
 
@@ -323,6 +326,14 @@ def test_checkpoint_goes_through_linear_eval(method, runs, capsys):
     assert lines[4] == "test: 24 images of 8 px, 512 features"
     accuracy = re.fullmatch(r"linear top-1: (.*)% \(weight decay .*\)", lines[-1])
     assert float(accuracy[1]) > 80
+
+
+def test_arch_and_size_reach_the_backbone(script, folder, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(script, "build_backbone", lambda *flags: asked.append(flags) or Small())
+    flags = f"--data {folder} --size 12 --arch resnet50 --epochs 1 --batch-size 24 --device cpu"
+    script.main([*flags.split(), "--out", str(tmp_path / "run")])
+    assert asked == [("resnet50", 12)]
 
 
 def test_the_temperature_reaches_the_loss(arguments, tmp_path, monkeypatch):
