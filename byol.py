@@ -10,10 +10,10 @@
         update all but the target by the gradient of L
         target = tau target + (1 - tau) (backbone, projector)   # Eq. (1), weight by weight
 
-Collapse (all p and t alike, L = 0) is kept away by predictor and slow target (Sec. 3.2).
-Differs from the paper: ResNet-18, 100 epochs, tau from 0.99; SimSiam's views, though the second
-may be solarized as in the paper; SGD instead of LARS, no warm-up, weight decay on biases and
-BatchNorm too. lr 0.03 and decay 2e-3 are lightly's 0.12 and 5e-4, for its loss, L / 4 - 1.
+Collapse (all p and t alike, L = 0) is what predictor and slow target are to prevent (Sec. 3.2).
+Differs from the paper: ResNet-18, 100 epochs, tau from 0.99; SimSiam's views, with the paper's
+solarizing of the second; SGD, not LARS, no warm-up, weight decay on biases and BatchNorm too.
+lr 0.03 and decay 2e-3 act as lightly's 0.12 and 5e-4 do on its loss, L / 4 - 1.
 
     python byol.py && python linear_eval.py runs/byol/checkpoint.pt
 """
@@ -47,7 +47,7 @@ def random_resized_crop(x):
     width, height = width.gather(1, first), height.gather(1, first)  # (B, 1) each
     left = (torch.rand_like(width) * (S - width + 1)).floor()  # 0, 1, ..., S - width
     top = (torch.rand_like(height) * (S - height + 1)).floor()
-    # Where the view's columns and rows lie in the image, in pixels; clamped to the box's own
+    # The view's columns and rows in pixels of the image, from the box's first to its last
     middles = (torch.arange(S, device=x.device) + 0.5) / S  # (S,): 0 to 1 across the box
     columns = (left + width * middles).clamp(left + 0.5, left + width - 0.5)  # (B, S)
     rows = (top + height * middles).clamp(top + 0.5, top + height - 0.5)  # (B, S)

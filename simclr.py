@@ -11,9 +11,9 @@
 By chance L is ln(2B - 1), 6.9 for B = 512; with this B and tau = 0.5 it cannot fall below 4.9.
 Collapse, one z for all images, is ruled out: L pushes the views of different images apart.
 Differs from the paper (App. B.9, CIFAR-10): ResNet-18; 100 epochs, not 1000; crops from 0.2 of
-the area, not 0.08; color order and blur's sigma once a batch; SGD with weight decay 5e-4, on
-biases and BatchNorm too, and no warm-up, not LARS with 1e-6; a projector 1024 wide without
-BatchNorm; and a batch for each view, where the authors' code has both in one.
+the area, not 0.08; color order and any blur's sigma once a batch; SGD, not LARS, no warm-up;
+weight decay 5e-4, not 1e-6, on biases and BatchNorm too; a projector 1024 wide without
+BatchNorm; in the backbone BatchNorm over one view at a time, the authors' over both.
 
     python simclr.py && python linear_eval.py runs/simclr/checkpoint.pt
 """
@@ -46,7 +46,7 @@ def random_resized_crop(x):
     width, height = width.gather(1, first), height.gather(1, first)  # (B, 1) each
     left = (torch.rand_like(width) * (S - width + 1)).floor()  # 0, 1, ..., S - width
     top = (torch.rand_like(height) * (S - height + 1)).floor()
-    # Where the view's columns and rows lie in the image, in pixels; clamped to the box's own
+    # The view's columns and rows in pixels of the image, from the box's first to its last
     middles = (torch.arange(S, device=x.device) + 0.5) / S  # (S,): 0 to 1 across the box
     columns = (left + width * middles).clamp(left + 0.5, left + width - 0.5)  # (B, S)
     rows = (top + height * middles).clamp(top + 0.5, top + height - 0.5)  # (B, S)

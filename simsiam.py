@@ -6,11 +6,11 @@
         z1, z2 = projector(h1), projector(h2)   # projections
         p1, p2 = predictor(z1), predictor(z2)   # predictions
         L = D(p1, stopgrad(z2)) / 2 + D(p2, stopgrad(z1)) / 2   # D(p, z) = -cosine(p, z)
-        update backbone, projector (the paper's f) and predictor (h) by the gradient of L
+        update backbone and projector (f in the paper) and predictor by the gradient of L
 
 Collapse: every image gets the same answer, L nears its minimum, -1, and nothing is learned. No
 term of L pushes images apart; take away stopgrad or predictor and it happens (Sec. 4.1, 4.2).
-Differs from the paper (App. D): 100 epochs, not 800; color order and blur's sigma once a batch.
+Differs from the paper (App. A, D): 100 epochs, not 800; color order, blur's sigma once a batch.
 
     python simsiam.py && python linear_eval.py runs/simsiam/checkpoint.pt
 """
@@ -43,7 +43,7 @@ def random_resized_crop(x):
     width, height = width.gather(1, first), height.gather(1, first)  # (B, 1) each
     left = (torch.rand_like(width) * (S - width + 1)).floor()  # 0, 1, ..., S - width
     top = (torch.rand_like(height) * (S - height + 1)).floor()
-    # Where the view's columns and rows lie in the image, in pixels; clamped to the box's own
+    # The view's columns and rows in pixels of the image, from the box's first to its last
     middles = (torch.arange(S, device=x.device) + 0.5) / S  # (S,): 0 to 1 across the box
     columns = (left + width * middles).clamp(left + 0.5, left + width - 0.5)  # (B, S)
     rows = (top + height * middles).clamp(top + 0.5, top + height - 0.5)  # (B, S)
