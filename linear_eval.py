@@ -7,17 +7,21 @@
 The untrained network is initialized as is usual in torchvision. The scripts begin their training
 with blocks that add nothing (zero_init_residual), which would make the floor too low.
 
-A file may hold anything beside the network, which is found by its tensors' shapes and the last
-parts of their names, in order. The rest is assumed: mean and std of the pixels (see --mean
-and --std); a max-pool after a 7x7 stem only (see --max-pool); stride and padding of 1 for a 3x3
-stem; and as in torchvision BatchNorm's eps, where blocks stride, and that nothing is blurred.
+A ResNet in a file is known by torchvision's names of its tensors, whatever stands before them.
+Under other names it is known by their order, if shapes and last parts of names ("weight") agree.
+What a file does not tell is assumed: mean and std of the pixels (see --mean and --std); a
+max-pool after a 7x7 stem only (see --max-pool); stride and padding of 1 for a 3x3 stem; and as in
+torchvision BatchNorm's eps, where blocks stride, and that nothing is blurred.
 """
 
 import argparse
 import sys
+import time
 import zipfile
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from glob import glob
+from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 
@@ -39,53 +43,82 @@ class StandIn:
 
 
 def read(path):
-    """What torch.save wrote, with a StandIn for each object that torch does not trust. Exits
-    with a sentence if torch cannot open the file in its safe way."""
-    if Path(path).stat().st_size < 2**20:
-        sys.exit(f"{path} is smaller than any ResNet: is it a pointer, or a web page?")
+    """What torch.save or safetensors wrote, and the types that torch does not trust, for each of
+    whose objects it has a StandIn. Exits with a sentence if torch cannot open it safely."""
+    path = Path(path)
+    if path.is_dir():
+        sys.exit(f"{path} is a folder: name a file in it")
+    if not path.exists():
+        sys.exit(f"there is no file {path}")
+    if path.suffix == ".safetensors" and not find_spec("safetensors"):
+        sys.exit(f"{path}: to open it, pip install safetensors")
+    list_unsafe = torch.serialization.get_unsafe_globals_in_checkpoint
     unsafe = []
     try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path), []
         if zipfile.is_zipfile(path):  # files from before torch 1.6 do not tell
-            unsafe = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+            unsafe = sorted(list_unsafe(path))
         with torch.serialization.safe_globals([(StandIn, name) for name in unsafe]):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True), unsafe
     except Exception as error:  # its reason, without torch's advice to open the file unsafely
         lines = str(error).split("\n\nCheck the documentation")[0].strip().split("\n")
         why = lines[-1].strip().split(". ")[0]  # the last line's first sentence
+        start = path.read_bytes()[:500]
+        old = torch.serialization.MAGIC_NUMBER.to_bytes(10, "little")  # before torch 1.6
+        if path.suffix != ".safetensors" and b"/data" not in start and old not in start:
+            sys.exit(f"{path}: nothing that torch.save wrote; it begins with {start[:30]}")
         sys.exit(f"{path} does not open: {why}; unsafe: {unsafe}. Save a state_dict() alone")
 
 
 def find_tensors(tree, place=""):
-    """[("state_dict.module.conv1.weight", tensor), ...] of nested dictionaries and lists, in
-    order, without single numbers, which count batches."""
+    """{"state_dict.module.conv1.weight": tensor, ...} of nested dictionaries and lists, in order,
+    without single numbers, which count batches."""
     if isinstance(tree, torch.Tensor):
-        return [(place, tree)] if tree.numel() > 1 else []
+        return {place: tree} if tree.numel() > 1 else {}
     if isinstance(tree, (list, tuple)):
         tree = dict(enumerate(tree))
-    tensors = []
+    tensors = {}
     if isinstance(tree, dict):
         for name, branch in tree.items():
-            tensors += find_tensors(branch, f"{place}.{name}".removeprefix("."))
+            tensors |= find_tensors(branch, f"{place}.{name}".removeprefix("."))
     return tensors
 
 
+def is_network(names, tensors, own):
+    """Whether the named among tensors are own's, both {name: tensor}, by shapes and last parts of
+    names, and no others are beside them in a stage, as in a deeper network."""
+    stages = []
+    for name, mine in zip(names, own):
+        if name not in tensors or tensors[name].shape != own[mine].shape:
+            return False
+        if name.split(".")[-1] != mine.split(".")[-1]:
+            return False
+        if mine.count(".") == 3:  # as "layer4.1.bn2.weight", of the stage "layer4"
+            stages.append(name.rsplit(".", 3)[0] + ".")
+    return {name for name in tensors if name.startswith(tuple(stages))}.issubset(names)
+
+
 def find_backbones(tensors):
-    """torchvision's ResNets in [(name, tensor), ...], by last parts of names and shapes, in
-    order: {"module.conv1.weight": (arch, names of the tensors, state_dict)}."""
-    saved = [(name.split(".")[-1], tensor.shape) for name, tensor in tensors]
+    """torchvision's ResNets in {name: tensor}: {"module.conv1.weight": (arch, names of the
+    tensors, state_dict)}. Those found by name come before those found by order."""
     found = {}
+    names = list(tensors)
+    starts = [name for name in names if name.endswith("conv1.weight")]
     for arch, small_stem in product(models.list_models(models, "*resne*"), (False, True)):
         with torch.device("meta"):  # shapes alone
             own = find_tensors(build_backbone(arch, small_stem, max_pool=True).state_dict())
-        wanted = [(name.split(".")[-1], tensor.shape) for name, tensor in own]
-        for start in range(len(tensors) - len(own) + 1):
-            end = start + len(own)
-            names = [name for name, _ in tensors[start:end]]
-            stage = names[-1].rsplit(".", 3)[0]  # "layer4" of "layer4.1.bn2.running_var"
-            goes_on = end < len(tensors) and tensors[end][0].startswith(f"{stage}.")
-            if saved[start:end] == wanted and not goes_on:  # else a deeper network, say
-                state = {own[i][0]: tensors[start + i][1] for i in range(len(own))}
-                found[names[0]] = arch, names, state
+        rows = []
+        for start in starts:
+            rows.append([start.removesuffix("conv1.weight") + name for name in own])
+        for i in range(len(names) - len(own) + 1):
+            rows.append(names[i : i + len(own)])
+        for row in rows:
+            if is_network(row, tensors, own):
+                state = {mine: tensors[name] for mine, name in zip(own, row)}
+                found.setdefault(row[0], (arch, row, state))
     return found
 
 
@@ -120,14 +153,18 @@ def build_backbone(arch, small_stem, max_pool):
 
 
 def load_backbone(path, prefix="", max_pool=None):
-    """The network in a file, with --prefix the one whose names begin so, and the arguments of
-    its training if a script here has saved it, else {}. Prints what it takes, or exits."""
-    saved = read(path)
+    """The network in a file, with --prefix the one whose names begin so; the name of its first
+    tensor; the arguments of its training if a script here has saved it, else {}. Prints what it
+    takes, or exits."""
+    saved, unsafe = read(path)
     tensors = find_tensors(saved)
     found = find_backbones(tensors)
     if not found:
-        way = "if one was saved whole or as NumPy arrays, save its state_dict() instead"
-        sys.exit(f"{path}: no torchvision ResNet, in order, in {len(tensors)} tensors; {way}")
+        first = [f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items()][:3]
+        message = f"no torchvision ResNet in {len(tensors)} tensors: {', '.join(first)}"
+        if unsafe:
+            message += f"; if it is in what torch does not read, {unsafe[:5]}, save a state_dict()"
+        sys.exit(f"{path}: {message}")
     places = [place for place in found if place.startswith(prefix)]
     if not places:
         sys.exit(f"--prefix {prefix}: {path} has {', '.join(found)}")
@@ -147,7 +184,7 @@ def load_backbone(path, prefix="", max_pool=None):
     print(f"{arch}: {place} and on, run with ReLU {between != 0}, max-pool {max_pool}")
     print(f"networks there, to choose by --prefix: {', '.join(found)}")
     ours = isinstance(saved, dict) and {"backbone", "network", "log", "args"}.issubset(saved)
-    return backbone, (saved["args"] if ours else {})
+    return backbone, place, (saved["args"] if ours else {})
 
 
 # ------------------------------------------------------------------ 2. Data
@@ -180,43 +217,98 @@ def list_images(args, split):
     return [(Path(args.data, file), names.index(file.parts[1])) for file in files[split]]
 
 
-def load_picture(source, size):
-    """A picture or its path -> (3, size, size) uint8: upright, resized, the center of it."""
-    side = round(size * 8 / 7) if size > 64 else size  # 256 for 224, as usual for ImageNet
-    try:
-        picture = Image.open(source) if isinstance(source, Path) else source
-        assert not picture.mode.startswith(("I", "F")), "more than 8 bits a channel"
-        picture = ImageOps.exif_transpose(picture).convert("RGB")  # upright
-        return TF.pil_to_tensor(TF.center_crop(TF.resize(picture, side), size))
-    except Exception as error:
-        sys.exit(f"cannot read {source}: {error}")
+def count_pictures(folder):
+    """Files in it that end as pictures do. Prints how many end otherwise."""
+    pictures, others = 0, Counter()
+    for file in glob("**/*", root_dir=folder, recursive=True):
+        if datasets.folder.is_image_file(file):
+            pictures += 1
+        elif Path(folder, file).is_file():
+            others[Path(file).suffix.lower()] += 1
+    if others:
+        counts = [f"{count} {ending}" for ending, count in others.most_common(10)]
+        print("passed over:", ", ".join(counts))
+    return pictures
+
+
+def class_names(listed, folder):
+    """Of the classes 0, 1, ... in the [(picture or path, label)] of "train"."""
+    if isinstance(listed, datasets.VisionDataset):
+        return listed.classes
+    return sorted({path.relative_to(folder).parts[1] for path, label in listed if label >= 0})
+
+
+def choose(listed, count, args):
+    """Places in [(picture or path, label)]: the first --subset of a fixed shuffle; of these, if
+    there is a count, as many in all, the same number of each class, drawn by --seed."""
+
+    def shuffle(n, seed):
+        return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+
+    order = shuffle(len(listed), 0)[: args.subset]
+    if count is not None:
+        order = order[shuffle(len(order), args.seed)]
+        labels = torch.tensor([label for _, label in listed])[order]
+        classes = labels.unique()
+        order = torch.cat([order[labels == y][: count // len(classes)] for y in classes])
+    return order.tolist()
+
+
+def load_picture(source, size, resize):
+    """A picture or its path -> (3, size, size) uint8: upright, resized, the middle of it."""
+    picture = Image.open(source) if isinstance(source, Path) else source
+    if picture.mode.startswith(("I", "F")):
+        raise ValueError("more than 8 bits a channel")
+    if resize > size:  # a network from elsewhere; a script here does without
+        picture.draft("RGB", (2 * resize, 2 * resize))  # decodes a large JPEG small: fast
+    picture = ImageOps.exif_transpose(picture).convert("RGB")  # upright
+    return TF.pil_to_tensor(TF.center_crop(TF.resize(picture, resize), size))
 
 
 # ------------------------------------------------------------------ 3. Features
+def track(order, name):
+    """Batches of 100, and how far it is: on a terminal in a line that rewrites itself, in a file
+    every thousand images."""
+    began = time.time()
+    for start in range(0, len(order), 100):
+        line = f"{name}: {start} of {len(order)} images"
+        if start > 0:
+            minutes = (time.time() - began) / 60 / start * (len(order) - start)
+            line += f", {minutes:.1f} minutes left"
+        if sys.stdout.isatty():
+            print(line.ljust(60), end="\r", flush=True)
+        elif start > 0 and start % 1000 == 0:
+            print(line)
+        yield order[start : start + 100]
+
+
 @torch.no_grad()
-def extract_features(backbone, args, split):
-    """Of a split's images, always in the same random order and not augmented: {"features":
-    (N, D), "labels": (N,), "paths": N paths, or N places in a built-in set}."""
+def extract_features(backbone, args, split, listed, count=None):
+    """Of the chosen among listed, not augmented: {"features": (N, D), "labels": (N,), "paths": N
+    paths, or N places in a built-in set}, and what could not be read: ["path: reason", ...]."""
     backbone.eval().to(args.device, memory_format=torch.channels_last)
-    listed = list_images(args, split)
-    order = torch.randperm(len(listed), generator=torch.Generator().manual_seed(0))[: args.subset]
-    features = torch.empty(len(order), backbone.inplanes)
-    labels = torch.empty(len(order), dtype=torch.int64)
-    paths = []
+    features = [torch.empty(0, backbone.inplanes)]
+    labels, paths, passed_over = [], [], []
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        for start in range(0, len(order), 100):  # only so many pictures are held at once
-            batch = slice(start, start + 100)
-            items = [listed[i] for i in order[batch].tolist()]
-            sources = [source for source, _ in items]
-            pictures = pool.map(load_picture, sources, [args.size] * len(items))
-            x = torch.stack(list(pictures)).to(args.device) / 255
-            features[batch] = backbone(TF.normalize(x, args.mean, args.std)).cpu()
-            labels[batch] = torch.tensor([label for _, label in items])
-            paths += [str(source) for source in sources]
-    if isinstance(listed, datasets.VisionDataset):  # whose pictures have no path
-        paths = order.tolist()
-    print(f"{split}: {len(order)} images of {args.size} px, {backbone.inplanes} features")
-    return {"features": features, "labels": labels, "paths": paths}
+        for batch in track(choose(listed, count, args), split):  # few pictures are held at once
+            pictures = []
+            items = [listed[i] for i in batch]
+            jobs = [pool.submit(load_picture, x, args.size, args.resize) for x, _ in items]
+            for i, (source, label), job in zip(batch, items, jobs):
+                try:
+                    pictures.append(job.result())
+                except Exception as error:
+                    passed_over.append(f"{source}: {error}")
+                    continue
+                labels.append(label)
+                paths.append(str(source) if isinstance(source, Path) else i)
+            if pictures:
+                x = torch.stack(pictures).to(args.device) / 255
+                features.append(backbone(TF.normalize(x, args.mean, args.std)).cpu())
+    sizes = f"resized to {args.resize} px, cut to {args.size} px"
+    print(f"{split}: {len(labels)} images, {sizes}, {backbone.inplanes} features")
+    labels = torch.tensor(labels, dtype=torch.int64)
+    return {"features": torch.cat(features), "labels": labels, "paths": paths}, passed_over
 
 
 def knn_accuracy(bank, labels, queries, truth, k=200, temperature=0.1):
@@ -264,7 +356,8 @@ def linear_probe(h, y):
     covariance = sum(x.double().T @ x.double() for x in h.split(1000)) / len(h)
     held = len(h) // 10
     hits = {}
-    for decay in (1e-1, 1e-2, 1e-3, 1e-4, 1e-5):  # each starts where the last one ended
+    # Each starts where the last one ended. With 50 to 1000 labels a grid from 10 on did worse
+    for decay in (1e-1, 1e-2, 1e-3, 1e-4, 1e-5):
         fit(layer, h[held:], y[held:], decay, covariance)
         hits[decay] = (layer(h[:held]).argmax(1) == y[:held]).sum().item()
     best = max(hits, key=hits.get)
@@ -285,53 +378,90 @@ def parse_args(argv=None):
     add("--std", type=float, nargs=3, default=(0.229, 0.224, 0.225), help="of them")
     add("--data", help="as for the training; None: what a script trained on, or cifar10")
     add("--size", type=int, help="side of the images; None: as trained, else by the stem")
+    add("--resize", type=int, help="side to cut --size from; None: as trained, else 8/7 of it")
     add("--subset", type=int, help="take that many images of each split, always the same")
-    add("--seed", type=int, default=0, help="of the held-out tenth and the untrained network")
+    add("--labels", type=int, help="train on that many images, equally many of each class")
+    add("--seed", type=int, default=0, help="of --labels, held-out tenth, untrained network")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="or cuda:1")
-    add("--features", type=Path, help="file for the splits' features, labels, paths")
+    add("--features", help="file for the splits' features, labels, paths")
     return parser.parse_args(argv)
 
 
 def main(argv=None):
     args = parse_args(argv)
     if args.features:
-        args.features.parent.mkdir(parents=True, exist_ok=True)
-        if args.features.exists():
+        if Path(args.features).exists():
             sys.exit(f"{args.features} exists: choose another name")
+        Path(args.features).parent.mkdir(parents=True, exist_ok=True)
 
     # Network
     torch.manual_seed(args.seed)
     if args.checkpoint:
-        backbone, trained = load_backbone(args.checkpoint, args.prefix, args.max_pool)
+        backbone, place, trained = load_backbone(args.checkpoint, args.prefix, args.max_pool)
         size = 32 if backbone.conv1.kernel_size == (3, 3) else 224
     else:
         size = args.size or 32
         backbone = build_backbone("resnet18", small_stem=size <= 64, max_pool=size > 64)
-        trained = {}
+        place, trained = "", {}
     args.size = args.size or trained.get("size", size)
+    resize = args.size
+    if args.checkpoint and not trained and args.size > 64:
+        resize = round(args.size * 8 / 7)  # 256 for 224, as usual for ImageNet
+    args.resize = args.resize or resize
     args.data = args.data or trained.get("data", "cifar10")
     print(args)
 
+    # Data
+    if find_spec("pillow_heif"):  # then HEIC can be read
+        from pillow_heif import register_heif_opener
+
+        register_heif_opener()
+        datasets.folder.IMG_EXTENSIONS += (".heic", ".heif")
+    pictures = count_pictures(args.data)
+    listed = {split: list_images(args, split) for split in ("train", "test")}
+    outside = pictures - len(listed["train"]) - len(listed["test"])
+    if outside > 0:
+        print(f"passed over: {outside} pictures in neither train/CLASS nor test/CLASS")
+    classes = class_names(listed["train"], args.data)
+    if not args.features and (len(classes) < 2 or len(listed["test"]) == 0):
+        sys.exit("no accuracy without two classes and test images; --features FILE saves features")
+    if args.labels is not None and not 0 < len(classes) <= args.labels:
+        sys.exit(f"--labels {args.labels}: each of {len(classes)} classes needs one")
+
     # Features
-    train = extract_features(backbone, args, "train")
-    test = extract_features(backbone, args, "test")
+    train, unread = extract_features(backbone, args, "train", listed["train"], args.labels)
+    test, unread_test = extract_features(backbone, args, "test", listed["test"])
+    unread += unread_test
+    if len(train["labels"]) == 0:
+        sys.exit(f"no picture can be read, for example {unread[0]}")
     if args.features:
-        torch.save({"train": train, "test": test}, args.features)
+        about = {"args": vars(args), "place": place, "classes": classes, "passed_over": unread}
+        torch.save({"train": train, "test": test, **about}, args.features)
+    if unread:
+        print(f"passed over {len(unread)} pictures:", *unread[:10], sep="\n  ")
+    if unread and args.features:
+        file = Path(f"{args.features}.passed-over.txt")
+        file.write_text("\n".join(unread), errors="backslashreplace")
+        print(f"all of these are in {file}")
 
     # Accuracy
     h, y = train["features"].to(args.device), train["labels"]
     test_h, test_y = test["features"].to(args.device), test["labels"]
-    classes = len(y[y >= 0].unique())
-    if classes < 2 or len(test_y) == 0:
-        print(f"no accuracy: {classes} classes in train, {len(test_y)} labeled images in test")
+    if len(classes) < 2 or len(test_y) == 0:
+        why = "no test images"
+        if len(classes) < 2:
+            why = "one class" if classes else "no labels"
+        print(f"features of {len(h)} images in {args.features}; {why}, so no accuracy")
         return
     for k, temperature in ((200, 0.1), (10, torch.inf)):  # at infinity all votes are equal
         knn = knn_accuracy(h, y, test_h, test_y, k, temperature)
         print(f"kNN top-1: {knn:.2f}% (k={min(k, len(h))}, temperature {temperature})")
     layer, decay = linear_probe(h, y.to(args.device))
     top1 = 100 * (layer(test_h).argmax(1).cpu() == test_y).float().mean().item()
-    print(f"linear top-1: {top1:.2f}% (weight decay {decay})")
+    chosen = "best on a tenth held out" if len(y) >= 10 else "not chosen: under 10 images"
+    print(f"linear top-1: {top1:.2f}% (weight decay {decay}, {chosen})")
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # odd file names
     main()

@@ -346,9 +346,11 @@ def test_linear_eval_takes_the_labeled_images_of_stl10(tiny_stl10, tmp_path):
     saved = tmp_path / "features.pt"
     flags = ["--data", "stl10", "--size", "8", "--device", "cpu", "--features", str(saved)]
     linear_eval.main(flags)
-    for split, part in torch.load(saved).items():
+    for split in ("train", "test"):
+        part = torch.load(saved)[split]
         assert sorted(part["labels"].tolist()) == sorted(tiny_stl10[split][1])
         assert sorted(part["paths"]) == [*range(len(part["labels"]))]
+    assert torch.load(saved)["classes"] == ["a", "b", "c"]
 
 
 class Pixels(torch.nn.Flatten):
@@ -362,12 +364,13 @@ def test_linear_eval_reads_cifar_exactly(tiny_cifar, tmp_path, monkeypatch):
     """Its paths are places in the data set."""
     name, pixels = tiny_cifar
     monkeypatch.chdir(tmp_path)
-    args = linear_eval.parse_args(["--data", name, "--size", "32", "--device", "cpu"])
+    flags = f"--data {name} --size 32 --resize 32 --device cpu"
+    args = linear_eval.parse_args(flags.split())
     for split, part in (("train", pixels[:12]), ("test", pixels[12:18])):
-        saved = linear_eval.extract_features(Pixels(), args, split)
+        listed = linear_eval.list_images(args, split)
+        saved, _ = linear_eval.extract_features(Pixels(), args, split, listed)
         expected = {image.tobytes(): i % 6 for i, image in enumerate(part)}
         assert sorted(saved["paths"]) == list(range(len(part)))
-        listed = linear_eval.list_images(args, split)
         for h, y, i in zip(*saved.values()):
             x = linear_eval.TF.pil_to_tensor(listed[i][0])
             assert y == expected.pop(x.numpy().tobytes())
