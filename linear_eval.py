@@ -224,10 +224,12 @@ def count_pictures(folder):
         if datasets.folder.is_image_file(file):
             pictures += 1
         elif Path(folder, file).is_file():
-            others[Path(file).suffix.lower()] += 1
+            others[Path(file).suffix.lower() or "without an ending"] += 1
     if others:
         counts = [f"{count} {ending}" for ending, count in others.most_common(10)]
         print("passed over:", ", ".join(counts))
+    if others[".heic"]:
+        print("to read .heic: pip install pillow_heif")
     return pictures
 
 
@@ -441,7 +443,7 @@ def main(argv=None):
         print(f"passed over {len(unread)} pictures:", *unread[:10], sep="\n  ")
     if unread and args.features:
         file = Path(f"{args.features}.passed-over.txt")
-        file.write_text("\n".join(unread), errors="backslashreplace")
+        file.write_text("\n".join(unread) + "\n", errors="backslashreplace")
         print(f"all of these are in {file}")
 
     # Accuracy

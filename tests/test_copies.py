@@ -73,7 +73,8 @@ def test_small_diff(other):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_length(name):
-    assert len(source(name).splitlines()) <= (388 if name == "byol" else 378)
+    limits = {"simsiam": 378, "byol": 388, "simclr": 378, "linear_eval": 470}
+    assert len(source(name).splitlines()) <= limits[name]
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -84,7 +85,10 @@ def test_imports(name):
             modules |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             modules.add(node.module.split(".")[0])
-    assert modules - set(sys.stdlib_module_names) <= {"torch", "torchvision", "PIL"}
+    wanted = {"torch", "torchvision", "PIL"}
+    if name == "linear_eval":
+        wanted |= {"safetensors", "pillow_heif"}  # where they are installed
+    assert modules - set(sys.stdlib_module_names) <= wanted
 
 
 def test_a_lone_copy_runs(folder, tmp_path):

@@ -45,6 +45,13 @@ def _shapes_once(monkeypatch):
     monkeypatch.setattr(linear_eval, "build_backbone", cached)
 
 
+@pytest.fixture(autouse=True)
+def _endings_as_they_were(monkeypatch):
+    """Where pillow_heif is installed, the probe has torchvision take .heic for images, too."""
+    folder = linear_eval.datasets.folder
+    monkeypatch.setattr(folder, "IMG_EXTENSIONS", folder.IMG_EXTENSIONS)
+
+
 def build(arch, small_stem=False):
     """A torchvision network in which all tensors differ, in eval mode, and features of images."""
     torch.manual_seed(0)
@@ -247,6 +254,7 @@ def foreign(kind, path):
 FOREIGN = ["HDF5", "ONNX", "web page", "pointer", "nothing", "npz", "detectron2"]
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("kind", FOREIGN)
 def test_what_torch_did_not_write_is_not_its_file(kind, tmp_path):
     path = tmp_path / "saved.pth"
@@ -993,3 +1001,216 @@ def test_the_fit_is_finite_whatever_the_features(kind):
         assert all(torch.isfinite(p).all() for p in layer.parameters())
         assert torch.isfinite(layer(h)).all()
         assert decay > 0
+
+
+@pytest.fixture
+def album(folder, tmp_path, monkeypatch):
+    """Twelve photos and what lies between them: five that are broken, each in another way."""
+    endings = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+    monkeypatch.setattr(linear_eval.datasets.folder, "IMG_EXTENSIONS", endings)
+    monkeypatch.setattr(linear_eval, "find_spec", lambda name: None)  # without pillow_heif
+    root = tmp_path / "my photos [1]"
+    (root / "trip").mkdir(parents=True)
+    for i in range(12):
+        shutil.copy(folder / "train" / "red" / f"{i}.png", root / "trip" / f"ä {i}.png")
+    whole = (root / "trip" / "ä 0.png").read_bytes()
+    (root / "cut.png").write_bytes(whole[:500])
+    (root / "empty.jpg").write_bytes(b"")
+    (root / "text.jpg").write_text("hello")
+    (root / "a folder.png").mkdir()
+    Image.fromarray(np.zeros((9, 9), np.uint16)).save(root / "deep.png")
+    for name in ("a.HEIC", "b.heic", "c.gif", "notes", ".hidden.heic"):
+        (root / name).write_bytes(b"x")
+    return root
+
+
+BROKEN = {"cut.png", "empty.jpg", "text.jpg", "a folder.png", "deep.png"}
+
+
+def test_what_cannot_be_read_is_passed_over_and_named(album, tmp_path, capsys):
+    out = tmp_path / "f.pt"
+    probe("--data", album, "--size", 8, "--features", out)
+    lines = capsys.readouterr().out.splitlines()
+    [counted] = [line for line in lines if line.startswith("passed over: ")]
+    assert counted.startswith("passed over: 2 .heic, ")  # the most frequent first
+    assert sorted(counted[13:].split(", ")) == ["1 .gif", "1 without an ending", "2 .heic"]
+    assert "to read .heic: pip install pillow_heif" in lines
+    assert "train: 12 images, resized to 8 px, cut to 8 px, 512 features" in lines
+    at = lines.index("passed over 5 pictures:")
+    named = lines[at + 1 : at + 6]
+    assert {Path(line.strip().partition(": ")[0]).name for line in named} == BROKEN
+    assert any(line.endswith("deep.png: more than 8 bits a channel") for line in named)
+    assert lines[at + 6] == f"all of these are in {out}.passed-over.txt"
+    assert lines[-1] == f"features of 12 images in {out}; no labels, so no accuracy"
+    saved = torch.load(out)
+    assert [f"  {reason}" for reason in saved["passed_over"]] == named
+    assert Path(f"{out}.passed-over.txt").read_text().splitlines() == saved["passed_over"]
+    assert {Path(path).parent.name for path in saved["train"]["paths"]} == {"trip"}
+    x = [linear_eval.load_picture(Path(path), 8, 8) for path in saved["train"]["paths"]]
+    torch.manual_seed(0)
+    network = linear_eval.build_backbone("resnet18", True, False).eval()
+    normal = linear_eval.TF.normalize(torch.stack(x) / 255, saved["args"]["mean"], (1, 1, 1))
+    with torch.no_grad():
+        h = network(normal / torch.tensor(saved["args"]["std"])[:, None, None])
+    torch.testing.assert_close(saved["train"]["features"], h, rtol=1e-4, atol=1e-4)
+
+
+def test_ten_reasons_are_printed_and_all_are_kept(album, tmp_path, capsys):
+    for i in range(250):  # more than two batches, of which one has nothing else
+        (album / f"broken {i}.png").write_bytes(b"x")
+    probe("--data", album, "--size", 8, "--features", tmp_path / "f.pt")
+    lines = capsys.readouterr().out.splitlines()
+    at = lines.index("passed over 255 pictures:")
+    assert [line.startswith("  ") for line in lines[at + 1 : at + 12]] == [True] * 10 + [False]
+    assert len(Path(f"{tmp_path / 'f.pt'}.passed-over.txt").read_text().splitlines()) == 255
+    assert len(torch.load(tmp_path / "f.pt")["train"]["features"]) == 12
+
+
+def test_broken_test_images_leave_the_others_labels(mislabeled, tmp_path, capsys):
+    """What is passed over moves no label and no path to another picture."""
+    shutil.copytree(mislabeled, tmp_path / "data")
+    for path in sorted((tmp_path / "data").rglob("*[13].png")):
+        path.write_bytes(b"x")
+    probe("--data", tmp_path / "data", "--size", 8, "--features", tmp_path / "f.pt")
+    assert "linear top-1" in capsys.readouterr().out
+    saved = torch.load(tmp_path / "f.pt")
+    assert saved["classes"] == ["blue", "green", "red"]
+    for split in ("train", "test"):
+        part = saved[split]
+        assert len(part["features"]) == len(part["labels"]) == len(part["paths"]) > 0
+        names = [saved["classes"][y] for y in part["labels"]]
+        assert names == [Path(path).parent.name for path in part["paths"]]
+        assert not any(re.search(r"[13]\.png", path) for path in part["paths"])
+
+
+def test_if_no_picture_can_be_read_that_is_said(tmp_path):
+    (tmp_path / "x").mkdir()
+    for i in range(3):
+        (tmp_path / "x" / f"{i}.jpg").write_bytes(b"x")
+    with pytest.raises(SystemExit, match=r"no picture can be read, for example .*x/\d\.jpg: "):
+        probe("--data", tmp_path / "x", "--size", 8, "--features", tmp_path / "f.pt")
+    assert not (tmp_path / "f.pt").exists()
+
+
+def test_test_images_that_are_all_broken_cost_no_features(folder, tmp_path, capsys):
+    shutil.copytree(folder / "train", tmp_path / "x" / "train")
+    (tmp_path / "x" / "test" / "red").mkdir(parents=True)
+    (tmp_path / "x" / "test" / "red" / "0.png").write_bytes(b"x")
+    probe("--data", tmp_path / "x", "--size", 8, "--features", tmp_path / "f.pt")
+    end = f"features of 48 images in {tmp_path / 'f.pt'}; no test images, so no accuracy\n"
+    assert capsys.readouterr().out.endswith(end)
+    assert len(torch.load(tmp_path / "f.pt")["train"]["features"]) == 48
+
+
+def test_pictures_outside_of_the_layout_are_counted(folder, tmp_path, capsys):
+    """A folder train/X somewhere in a collection makes the rest of it vanish."""
+    shutil.copytree(folder / "train" / "red", tmp_path / "x" / "train" / "steam engines")
+    shutil.copytree(folder / "train" / "blue", tmp_path / "x" / "summer")
+    probe("--data", tmp_path / "x", "--size", 8, "--features", tmp_path / "f.pt")
+    line = "passed over: 16 pictures in neither train/CLASS nor test/CLASS\n"
+    assert line in capsys.readouterr().out
+    probe("--data", folder, "--size", 8, "--subset", 12)
+    assert "passed over" not in capsys.readouterr().out
+
+
+def test_heic_is_read_where_its_package_is_installed(album, tmp_path, capsys, monkeypatch):
+    """A stand-in for pillow_heif teaches Pillow a format with this ending."""
+
+    def register():
+        Image.register_open("X", lambda file, name: Image.new("RGB", (9, 9), "red"), lambda b: b"x")
+
+    monkeypatch.setattr(Image, "ID", [*Image.ID])
+    monkeypatch.setattr(Image, "OPEN", {**Image.OPEN})
+    library = types.SimpleNamespace(register_heif_opener=register)
+    monkeypatch.setitem(sys.modules, "pillow_heif", library)
+    monkeypatch.setattr(linear_eval, "find_spec", lambda name: name == "pillow_heif")
+    for name in ("empty.jpg", "text.jpg", "cut.png"):
+        (album / name).unlink()
+    probe("--data", album, "--size", 8, "--features", tmp_path / "f.pt")
+    [counted] = re.findall("passed over: (.*)", capsys.readouterr().out)
+    assert sorted(counted.split(", ")) == ["1 .gif", "1 without an ending"]
+    paths = torch.load(tmp_path / "f.pt")["train"]["paths"]
+    assert {Path(path).name for path in paths if "trip" not in path} == {"a.HEIC", "b.heic"}
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_is_a_line_that_rewrites_itself_or_one_every_thousand(
+    terminal, monkeypatch, capsys
+):
+    clock = iter(range(0, 100_000, 60))  # a minute for each batch
+    monkeypatch.setattr(linear_eval.time, "time", lambda: next(clock))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    batches = list(linear_eval.track(list(range(2150)), "train"))
+    assert sum(batches, []) == list(range(2150))
+    assert [len(batch) for batch in batches] == [100] * 21 + [50]
+    printed = capsys.readouterr().out
+    if terminal:
+        assert "\n" not in printed
+        lines = [line.strip() for line in printed.split("\r")]
+        assert lines[0] == "train: 0 of 2150 images"
+        assert lines[1] == "train: 100 of 2150 images, 20.5 minutes left"
+        assert len(lines) == 22 + 1
+        assert len({len(line) for line in printed.split("\r")[:-1]}) == 1  # nothing remains
+    else:
+        first = "train: 1000 of 2150 images, 11.5 minutes left"
+        assert printed.splitlines() == [first, "train: 2000 of 2150 images, 1.5 minutes left"]
+
+
+def test_labels_are_drawn_evenly_from_the_training_images(folder, tmp_path, capsys):
+    drawn = {}
+    for seed in (0, 1):
+        out = tmp_path / f"{seed}.pt"
+        probe("--data", folder, "--size", 8, "--labels", 13, "--seed", seed, "--features", out)
+        printed = capsys.readouterr().out
+        assert "train: 12 images, " in printed
+        assert "test: 24 images, " in printed
+        assert "(k=12, temperature 0.1)" in printed
+        saved = torch.load(out)
+        assert saved["train"]["labels"].bincount().tolist() == [4, 4, 4]
+        drawn[seed] = set(saved["train"]["paths"])
+    assert drawn[0] != drawn[1]
+    probe("--data", folder, "--size", 8, "--labels", 1000)
+    assert "train: 48 images, " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("count", "data"), [(2, "."), (0, "."), (9, "train/red")])
+def test_each_class_needs_a_label(count, data, folder, tmp_path):
+    flags = ["--size", 8, "--labels", count, "--features", tmp_path / "f.pt"]
+    classes = 3 if data == "." else 0
+    with pytest.raises(SystemExit, match=rf"--labels {count}: each of {classes} classes needs one"):
+        probe("--data", folder / data, *flags)
+
+
+def test_the_features_file_describes_itself(folder, runs, tmp_path):
+    """Its pictures can be found again, and what the network has seen of them."""
+    out = tmp_path / "f.pt"
+    checkpoint = runs / "byol" / "checkpoint.pt"
+    probe(checkpoint, "--prefix", "network.target", "--subset", 5, "--features", out)
+    saved = torch.load(out)
+    assert saved["classes"] == ["blue", "green", "red"]
+    assert saved["place"] == "network.target.0.conv1.weight"
+    assert saved["passed_over"] == []
+    assert not Path(f"{out}.passed-over.txt").exists()
+    about = {"checkpoint": str(checkpoint), "data": str(folder), "size": 8, "resize": 8}
+    assert about.items() <= saved["args"].items()
+    assert [*saved["args"]["mean"]] == [0.485, 0.456, 0.406]
+    assert [*saved["args"]["std"]] == [0.229, 0.224, 0.225]
+
+
+@pytest.mark.parametrize("count", [9, 10])
+def test_below_ten_images_no_decay_is_chosen(count, folder, capsys):
+    probe("--data", folder, "--size", 8, "--subset", count)
+    end = "not chosen: under 10 images" if count == 9 else "best on a tenth held out"
+    assert capsys.readouterr().out.endswith(f", {end})\n")
+
+
+def test_the_nearest_are_sought_a_thousand_queries_at_a_time(monkeypatch):
+    """All cosines of ImageNet's images at once would take 256 GB."""
+    sizes, topk = [], torch.Tensor.topk
+    monkeypatch.setattr(
+        torch.Tensor, "topk", lambda x, k: sizes.append(tuple(x.shape)) or topk(x, k)
+    )
+    torch.manual_seed(0)
+    h, y = torch.randn(300, 8), torch.arange(300) % 3
+    linear_eval.knn_accuracy(h, y, torch.randn(2500, 8), torch.arange(2500) % 3)
+    assert sizes == [(1000, 300), (1000, 300), (500, 300)]
