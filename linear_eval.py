@@ -7,11 +7,12 @@
 The untrained network is initialized as is usual in torchvision. The scripts begin their training
 with blocks that add nothing (zero_init_residual), which would make the floor too low.
 
-A ResNet in a file is known by torchvision's names of its tensors, whatever stands before them.
-Under other names it is known by their order, if shapes and last parts of names ("weight") agree.
-What a file does not tell is assumed: mean and std of the pixels (see --mean and --std); a
-max-pool after a 7x7 stem only (see --max-pool); stride and padding of 1 for a 3x3 stem; and as in
-torchvision BatchNorm's eps, where blocks stride, and that nothing is blurred.
+A file of torch.save or a .safetensors file may hold more than a ResNet. Its tensors are found by
+torchvision's names ("layer1.0.conv1.weight"), whatever stands before these. Failing that, they
+are found in torchvision's order, if shapes and last parts of the names ("weight") agree. What a
+file does not tell is assumed: mean and std of the pixels (see --mean and --std); a max-pool after
+a 7x7 stem only (see --max-pool); stride and padding of 1 for a 3x3 stem; and as in torchvision
+BatchNorm's eps, where blocks stride, and that nothing is blurred.
 """
 
 import argparse
