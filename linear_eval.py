@@ -8,11 +8,11 @@ The untrained network is initialized as is usual in torchvision. The scripts beg
 with blocks that add nothing (zero_init_residual), which would make the floor too low.
 
 A file of torch.save or a .safetensors file may hold more than a ResNet. Its tensors are found by
-torchvision's names ("layer1.0.conv1.weight"), whatever stands before these. Failing that, they
-are found in torchvision's order, if shapes and last parts of the names ("weight") agree. What a
-file does not tell is assumed: mean and std of the pixels (see --mean and --std); a max-pool after
-a 7x7 stem only (see --max-pool); stride and padding of 1 for a 3x3 stem; and as in torchvision
-BatchNorm's eps, where blocks stride, and that nothing is blurred.
+torchvision's names ("layer1.0.conv1.weight"), whatever stands before these. Other names will do
+if the tensors are in torchvision's order and the last parts of their names ("weight") agree. What
+the tensors do not tell is assumed: mean and std of the pixels (see --mean and --std); a max-pool
+after a 7x7 stem only (see --max-pool); stride and padding of 1 for a 3x3 stem; and as in
+torchvision BatchNorm's eps, where blocks stride, and that nothing is blurred.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from torchvision import datasets, models
 
 # ------------------------------------------------------------------ 1. Checkpoint
 class StandIn:
-    """In the place of an object in a file, none of whose code is imported or run."""
+    """Takes the place of an object of another type in a file: no code of it is imported or run."""
 
     def __init__(self, *args): ...
 
@@ -44,8 +44,8 @@ class StandIn:
 
 
 def read(path):
-    """What torch.save or safetensors wrote, and the types that torch does not trust, for each of
-    whose objects it has a StandIn. Exits with a sentence if torch cannot open it safely."""
+    """(What torch.save or safetensors wrote, types that torch does not trust): each object of such
+    a type is a StandIn. Exits with a sentence if the file does not open in torch's safe way."""
     path = Path(path)
     if path.is_dir():
         sys.exit(f"{path} is a folder: name a file in it")
@@ -60,25 +60,28 @@ def read(path):
             from safetensors.torch import load_file
 
             return load_file(path), []
-        if zipfile.is_zipfile(path):  # files from before torch 1.6 do not tell
+        if zipfile.is_zipfile(path):  # else of a torch before 1.6, and not to be searched
             unsafe = sorted(list_unsafe(path))
         with torch.serialization.safe_globals([(StandIn, name) for name in unsafe]):
             return torch.load(path, map_location="cpu", weights_only=True), unsafe
     except Exception as error:  # its reason, without torch's advice to open the file unsafely
         lines = str(error).split("\n\nCheck the documentation")[0].strip().split("\n")
         why = lines[-1].strip().split(". ")[0]  # the last line's first sentence
-        start = path.read_bytes()[:500]
-        old = torch.serialization.MAGIC_NUMBER.to_bytes(10, "little")  # before torch 1.6
-        if path.suffix != ".safetensors" and b"/data" not in start and old not in start:
-            sys.exit(f"{path}: nothing that torch.save wrote; it begins with {start[:30]}")
-        sys.exit(f"{path} does not open: {why}; unsafe: {unsafe}. Save a state_dict() alone")
+    with path.open("rb") as file:
+        start = file.read(500)
+    signs = [b"/data", torch.serialization.MAGIC_NUMBER.to_bytes(10, "little")]  # now, before 1.6
+    if path.suffix != ".safetensors" and not any(sign in start for sign in signs):
+        sys.exit(f"{path}: nothing that torch.save wrote; it begins with {start[:30]}")
+    way = "Is it complete? Save a state_dict() alone"
+    sys.exit(f"{path} does not open: {why}; unsafe: {unsafe}. {way}")
 
 
 def find_tensors(tree, place=""):
     """{"state_dict.module.conv1.weight": tensor, ...} of nested dictionaries and lists, in order,
-    without single numbers, which count batches."""
+    without those that count batches or were left by a profiler."""
     if isinstance(tree, torch.Tensor):
-        return {place: tree} if tree.numel() > 1 else {}
+        counters = ("num_batches_tracked", "total_ops", "total_params")
+        return {} if place.endswith(counters) else {place: tree}
     if isinstance(tree, (list, tuple)):
         tree = dict(enumerate(tree))
     tensors = {}
@@ -88,53 +91,53 @@ def find_tensors(tree, place=""):
     return tensors
 
 
-def is_network(names, tensors, own):
-    """Whether the named among tensors are own's, both {name: tensor}, by shapes and last parts of
-    names, and no others are beside them in a stage, as in a deeper network."""
-    stages = []
-    for name, mine in zip(names, own):
-        if name not in tensors or tensors[name].shape != own[mine].shape:
+def is_network(names, tensors, wanted):
+    """Whether these names in {name: tensor} have the shapes and last parts of the wanted ones, and
+    the modules they are in (conv1, bn1, layer1 to layer4) have no others, as a deeper network's."""
+    modules = set()
+    for name, mine in zip(names, wanted):
+        if name not in tensors or tensors[name].shape != wanted[mine].shape:
             return False
         if name.split(".")[-1] != mine.split(".")[-1]:
             return False
-        if mine.count(".") == 3:  # as "layer4.1.bn2.weight", of the stage "layer4"
-            stages.append(name.rsplit(".", 3)[0] + ".")
-    return {name for name in tensors if name.startswith(tuple(stages))}.issubset(names)
+        if mine.count(".") < 4:  # "layer4.1.bn2.weight", not "layer4.0.downsample.0.weight"
+            modules.add(name.rsplit(".", mine.count("."))[0] + ".")
+    return {name for name in tensors if name.startswith(tuple(modules))}.issubset(names)
 
 
 def find_backbones(tensors):
     """torchvision's ResNets in {name: tensor}: {"module.conv1.weight": (arch, names of the
-    tensors, state_dict)}. Those found by name come before those found by order."""
+    tensors, state_dict)}."""
     found = {}
     names = list(tensors)
-    starts = [name for name in names if name.endswith("conv1.weight")]
+    prefixes = [n.removesuffix("conv1.weight") for n in names if n.endswith("conv1.weight")]
     for arch, small_stem in product(models.list_models(models, "*resne*"), (False, True)):
         with torch.device("meta"):  # shapes alone
-            own = find_tensors(build_backbone(arch, small_stem, max_pool=True).state_dict())
-        rows = []
-        for start in starts:
-            rows.append([start.removesuffix("conv1.weight") + name for name in own])
-        for i in range(len(names) - len(own) + 1):
-            rows.append(names[i : i + len(own)])
-        for row in rows:
-            if is_network(row, tensors, own):
-                state = {mine: tensors[name] for mine, name in zip(own, row)}
-                found.setdefault(row[0], (arch, row, state))
+            wanted = find_tensors(build_backbone(arch, small_stem, max_pool=True).state_dict())
+        candidates = []
+        for prefix in prefixes:  # by name
+            candidates.append([prefix + name for name in wanted])
+        for i in range(len(names) - len(wanted) + 1):  # by order
+            candidates.append(names[i : i + len(wanted)])
+        for candidate in candidates:
+            if is_network(candidate, tensors, wanted):
+                state = {mine: tensors[name] for mine, name in zip(wanted, candidate)}
+                found.setdefault(candidate[0], (arch, candidate, state))
     return found
 
 
 def rank(place):
-    """The first by this is taken: originals before copies, then the least nested."""
+    """To sort by: originals before copies, then the less nested before the more nested."""
     words = place.lower().replace("_", ".").split(".")
     copies = ["momentum", "target", "teacher", "key", "k", "m", "ema", "swa", "avg"]
-    copies += ["loss", "init"]
+    copies += ["average", "averaged", "shadow", "slow", "copy", "old", "loss", "init"]
     return any(word in copies for word in words), place.count(".")  # False comes first
 
 
-def modules_before_layer1(names):
+def count_between(names):
     """Modules between bn1 and layer1, if the numbers of an nn.Sequential tell: 2 (ReLU and
-    max-pool) by "0.weight", "1.weight", ..., "4.0.conv1.weight". Else None."""
-    bn1 = names[1].split(".")  # e.g. ["features", "1", "weight"]
+    max-pool) by "0.weight", "1.weight", ..., "4.0.conv1.weight"; 1 is ReLU alone. Else None."""
+    bn1 = names[1].split(".")  # e.g. ["features", "1", "weight"], which has four tensors
     layer1 = names[5].split(".")  # e.g. ["features", "4", "0", "conv1", "weight"]
     at = len(bn1) - 2  # where the number of bn1 is
     if bn1[:at] == layer1[:at] and bn1[at].isdigit() and layer1[at].isdigit():
@@ -175,15 +178,22 @@ def load_backbone(path, prefix="", max_pool=None):
         sys.exit(f"{path}: not all the numbers from {place} on are finite")
 
     kernel = state["conv1.weight"].shape[2]
-    between = modules_before_layer1(names)  # None: not known
+    between = count_between(names)  # None: not known
     if max_pool is None:
         max_pool = kernel == 7 and between not in (0, 1)
     backbone = build_backbone(arch, kernel == 3, max_pool)
-    backbone.load_state_dict(state)
+    backbone.load_state_dict(state)  # without batch counters, as torch once saved it
     if between == 0:
         backbone.relu = nn.Identity()  # the stem's; blocks have their own
     print(f"{arch}: {place} and on, run with ReLU {between != 0}, max-pool {max_pool}")
-    print(f"networks there, to choose by --prefix: {', '.join(found)}")
+    root = place.rpartition("conv1.weight")[0]  # "module." of "module.conv1.weight"
+    others = set()
+    for name in tensors.keys() - names:
+        if name.startswith(root):
+            others.add(name.removeprefix(root).split(".")[0])
+    print(f"beside it, not run: {', '.join(sorted(others)) or 'nothing'}")
+    if len(found) > 1:
+        print(f"networks there, to choose by --prefix: {', '.join(found)}")
     ours = isinstance(saved, dict) and {"backbone", "network", "log", "args"}.issubset(saved)
     return backbone, place, (saved["args"] if ours else {})
 
@@ -219,7 +229,7 @@ def list_images(args, split):
 
 
 def count_pictures(folder):
-    """Files in it that end as pictures do. Prints how many end otherwise."""
+    """How many files end as pictures do. Prints how many end otherwise."""
     pictures, others = 0, Counter()
     for file in glob("**/*", root_dir=folder, recursive=True):
         if datasets.folder.is_image_file(file):
@@ -229,7 +239,7 @@ def count_pictures(folder):
     if others:
         counts = [f"{count} {ending}" for ending, count in others.most_common(10)]
         print("passed over:", ", ".join(counts))
-    if others[".heic"]:
+    if others[".heic"] + others[".heif"] > 0:
         print("to read .heic: pip install pillow_heif")
     return pictures
 
@@ -242,15 +252,12 @@ def class_names(listed, folder):
 
 
 def choose(listed, count, args):
-    """Places in [(picture or path, label)]: the first --subset of a fixed shuffle; of these, if
-    there is a count, as many in all, the same number of each class, drawn by --seed."""
-
-    def shuffle(n, seed):
-        return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-
-    order = shuffle(len(listed), 0)[: args.subset]
+    """Indices into [(picture or path, label)]: the first --subset of a fixed shuffle. If there is a
+    count, at most so many of these, drawn by --seed, from each class the same number."""
+    order = torch.randperm(len(listed), generator=torch.Generator().manual_seed(0))[: args.subset]
     if count is not None:
-        order = order[shuffle(len(order), args.seed)]
+        drawn = torch.randperm(len(order), generator=torch.Generator().manual_seed(args.seed))
+        order = order[drawn]
         labels = torch.tensor([label for _, label in listed])[order]
         classes = labels.unique()
         order = torch.cat([order[labels == y][: count // len(classes)] for y in classes])
@@ -262,8 +269,8 @@ def load_picture(source, size, resize):
     picture = Image.open(source) if isinstance(source, Path) else source
     if picture.mode.startswith(("I", "F")):
         raise ValueError("more than 8 bits a channel")
-    if resize > size:  # a network from elsewhere; a script here does without
-        picture.draft("RGB", (2 * resize, 2 * resize))  # decodes a large JPEG small: fast
+    if resize > size:  # not for a script's network, which saw pictures decoded in full
+        picture.draft("RGB", (2 * resize, 2 * resize))  # a large JPEG small: four times as fast
     picture = ImageOps.exif_transpose(picture).convert("RGB")  # upright
     return TF.pil_to_tensor(TF.center_crop(TF.resize(picture, resize), size))
 
@@ -288,9 +295,9 @@ def track(order, name):
 @torch.no_grad()
 def extract_features(backbone, args, split, listed, count=None):
     """Of the chosen among listed, not augmented: {"features": (N, D), "labels": (N,), "paths": N
-    paths, or N places in a built-in set}, and what could not be read: ["path: reason", ...]."""
+    paths, or N indices into a built-in set}; what cannot be read: ["path: reason", ...]."""
     backbone.eval().to(args.device, memory_format=torch.channels_last)
-    features = [torch.empty(0, backbone.inplanes)]
+    features = [torch.empty(0, backbone.inplanes)]  # if nothing can be read; inplanes is D
     labels, paths, passed_over = [], [], []
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         for batch in track(choose(listed, count, args), split):  # few pictures are held at once
@@ -308,8 +315,9 @@ def extract_features(backbone, args, split, listed, count=None):
             if pictures:
                 x = torch.stack(pictures).to(args.device) / 255
                 features.append(backbone(TF.normalize(x, args.mean, args.std)).cpu())
-    sizes = f"resized to {args.resize} px, cut to {args.size} px"
-    print(f"{split}: {len(labels)} images, {sizes}, {backbone.inplanes} features")
+    if listed:
+        sizes = f"resized to {args.resize} px, cut to {args.size} px"
+        print(f"{split}: {len(labels)} images, {sizes}, {backbone.inplanes} features")
     labels = torch.tensor(labels, dtype=torch.int64)
     return {"features": torch.cat(features), "labels": labels, "paths": paths}, passed_over
 
@@ -328,8 +336,9 @@ def knn_accuracy(bank, labels, queries, truth, k=200, temperature=0.1):
 
 # ------------------------------------------------------------------ 4. The linear layer
 def fit(layer, h, y, decay, covariance):
-    """Minimizes mean cross-entropy + decay / 2 * |weight|^2. It curves by at most
-    covariance / 2 + decay (Boehning 1992); in units that make this 1, L-BFGS is fast."""
+    """Minimizes mean cross-entropy + decay / 2 * |weight|^2, whose second derivative by a class's
+    weights is at most covariance / 2 + decay (Boehning 1992). In units in which this bound is 1
+    in all directions L-BFGS is fast."""
     curvature = covariance / 2 + decay * torch.eye(len(covariance)).to(covariance)
     units = torch.linalg.cholesky(curvature).inverse().float()  # (D, D); float32 could fail
     change = torch.zeros_like(layer.weight, requires_grad=True)  # (classes, D), in units
@@ -363,7 +372,7 @@ def linear_probe(h, y):
     for decay in (1e-1, 1e-2, 1e-3, 1e-4, 1e-5):
         fit(layer, h[held:], y[held:], decay, covariance)
         hits[decay] = (layer(h[:held]).argmax(1) == y[:held]).sum().item()
-    best = max(hits, key=hits.get)
+    best = max(hits, key=hits.get)  # of equals the strongest
     fit(layer, h, y, best, covariance)
     layer.weight.data /= std  # for features as they came
     layer.bias.data -= layer.weight.data @ mean
@@ -375,15 +384,14 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
     add("checkpoint", nargs="?", help="a saved ResNet; without it an untrained one")
-    add("--prefix", default="", help="of several networks the one whose names begin so")
-    add("--max-pool", action=switch, help="after the stem; None: if its kernel is 7x7")
+    add("--prefix", default="", help="of several saved networks that whose names begin so")
+    add("--max-pool", action=switch, help="after a saved stem; None: if its kernel is 7x7")
     add("--mean", type=float, nargs=3, default=(0.485, 0.456, 0.406), help="of pixels in 0-1")
     add("--std", type=float, nargs=3, default=(0.229, 0.224, 0.225), help="of them")
     add("--data", help="as for the training; None: what a script trained on, or cifar10")
     add("--size", type=int, help="side of the images; None: as trained, else by the stem")
-    add("--resize", type=int, help="side to cut --size from; None: as trained, else 8/7 of it")
     add("--subset", type=int, help="take that many images of each split, always the same")
-    add("--labels", type=int, help="train on that many images, equally many of each class")
+    add("--labels", type=int, help="train on at most so many, equally many of each class")
     add("--seed", type=int, default=0, help="of --labels, held-out tenth, untrained network")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="or cuda:1")
     add("--features", help="file for the splits' features, labels, paths")
@@ -393,24 +401,29 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     if args.features:
-        if Path(args.features).exists():
-            sys.exit(f"{args.features} exists: choose another name")
-        Path(args.features).parent.mkdir(parents=True, exist_ok=True)
+        features_file = Path(args.features)
+        unread_file = features_file.with_name(f"{features_file.name}.passed-over.txt")
+        for file in (features_file, unread_file):
+            if file.exists():
+                sys.exit(f"{file} exists: choose another name for --features")
+        features_file.parent.mkdir(parents=True, exist_ok=True)
+        part_file = unread_file.with_suffix(".part")
+        part_file.touch()  # fails at once where nothing can be written
 
     # Network
     torch.manual_seed(args.seed)
+    place, trained = None, {}
     if args.checkpoint:
         backbone, place, trained = load_backbone(args.checkpoint, args.prefix, args.max_pool)
-        size = 32 if backbone.conv1.kernel_size == (3, 3) else 224
+        small_stem = backbone.conv1.kernel_size == (3, 3)
+        args.size = args.size or trained.get("size", 32 if small_stem else 224)
     else:
-        size = args.size or 32
-        backbone = build_backbone("resnet18", small_stem=size <= 64, max_pool=size > 64)
-        place, trained = "", {}
-    args.size = args.size or trained.get("size", size)
-    resize = args.size
+        args.size = args.size or 32
+        print(f"no checkpoint: an untrained ResNet-18 for images of {args.size} px")
+        backbone = build_backbone("resnet18", args.size <= 64, max_pool=args.size > 64)
+    args.resize = args.size  # as in the scripts
     if args.checkpoint and not trained and args.size > 64:
-        resize = round(args.size * 8 / 7)  # 256 for 224, as usual for ImageNet
-    args.resize = args.resize or resize
+        args.resize = round(args.size * 8 / 7)  # 256 for 224, as usual for ImageNet
     args.data = args.data or trained.get("data", "cifar10")
     print(args)
 
@@ -424,7 +437,7 @@ def main(argv=None):
     listed = {split: list_images(args, split) for split in ("train", "test")}
     outside = pictures - len(listed["train"]) - len(listed["test"])
     if outside > 0:
-        print(f"passed over: {outside} pictures in neither train/CLASS nor test/CLASS")
+        print(f"passed over: {outside} pictures elsewhere, for there is a {args.data}/train")
     classes = class_names(listed["train"], args.data)
     if not args.features and (len(classes) < 2 or len(listed["test"]) == 0):
         sys.exit("no accuracy without two classes and test images; --features FILE saves features")
@@ -436,25 +449,26 @@ def main(argv=None):
     test, unread_test = extract_features(backbone, args, "test", listed["test"])
     unread += unread_test
     if len(train["labels"]) == 0:
-        sys.exit(f"no picture can be read, for example {unread[0]}")
+        sys.exit(f"no picture can be read, for example {unread[:1]}")
     if args.features:
         about = {"args": vars(args), "place": place, "classes": classes, "passed_over": unread}
-        torch.save({"train": train, "test": test, **about}, args.features)
+        torch.save({"train": train, "test": test, **about}, part_file)
+        part_file.rename(features_file)  # as a whole
     if unread:
         print(f"passed over {len(unread)} pictures:", *unread[:10], sep="\n  ")
     if unread and args.features:
-        file = Path(f"{args.features}.passed-over.txt")
-        file.write_text("\n".join(unread) + "\n", errors="backslashreplace")
-        print(f"all of these are in {file}")
+        unread_file.write_text("\n".join(unread) + "\n", errors="backslashreplace")
+        print(f"all of these are in {unread_file}")
 
     # Accuracy
     h, y = train["features"].to(args.device), train["labels"]
     test_h, test_y = test["features"].to(args.device), test["labels"]
-    if len(classes) < 2 or len(test_y) == 0:
+    if len(y.unique()) < 2 or len(test_y) == 0:
         why = "no test images"
-        if len(classes) < 2:
+        if len(y.unique()) < 2:
             why = "one class" if classes else "no labels"
-        print(f"features of {len(h)} images in {args.features}; {why}, so no accuracy")
+        count, file = len(y) + len(test_y), args.features or "no file"
+        print(f"features of {count} images in {file}; {why}, so no accuracy")
         return
     for k, temperature in ((200, 0.1), (10, torch.inf)):  # at infinity all votes are equal
         knn = knn_accuracy(h, y, test_h, test_y, k, temperature)
@@ -467,4 +481,7 @@ def main(argv=None):
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # odd file names
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("\nstopped")

@@ -364,8 +364,8 @@ def test_linear_eval_reads_cifar_exactly(tiny_cifar, tmp_path, monkeypatch):
     """Its paths are places in the data set."""
     name, pixels = tiny_cifar
     monkeypatch.chdir(tmp_path)
-    flags = f"--data {name} --size 32 --resize 32 --device cpu"
-    args = linear_eval.parse_args(flags.split())
+    args = linear_eval.parse_args(["--data", name, "--size", "32", "--device", "cpu"])
+    args.resize = 32
     for split, part in (("train", pixels[:12]), ("test", pixels[12:18])):
         listed = linear_eval.list_images(args, split)
         saved, _ = linear_eval.extract_features(Pixels(), args, split, listed)

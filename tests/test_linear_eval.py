@@ -160,8 +160,11 @@ LAYOUTS = {
     "sorted, two networks": lambda n, s: dict(
         sorted((prefixed(momentum(s), "ema_model.") | prefixed(s, "zmodel.backbone.")).items())
     ),
-    "by name, though blocks have changed places": lambda n, s: {
-        name: s[name] for name in sorted(s, key=lambda name: "layer1.1" in name)
+    "by name, though equal layers have changed places": lambda n, s: {
+        name: s[name]
+        for name in renamed(
+            s, (r"1\.0\.conv1", "1.0.x"), (r"1\.0\.conv2", "1.0.conv1"), ("1.0.x", "1.0.conv2")
+        )
     },
     "half precision": lambda n, s: {
         k: t.half() if t.is_floating_point() else t for k, t in s.items()
@@ -545,7 +548,7 @@ def test_what_is_taken_is_said_and_prefix_takes_another(folder, tmp_path, capsys
     place = "student.module.backbone.conv1.weight"
     line = f"resnet18: {place} and on, run with ReLU True, max-pool False\n"
     printed = capsys.readouterr().out
-    assert printed.startswith(line)
+    assert printed.startswith(line + "beside it, not run: fc\n")
     other = "teacher.module.backbone.conv1.weight"
     assert printed.endswith(f"networks there, to choose by --prefix: {other}, {place}\n")
     place = "teacher"
@@ -701,14 +704,15 @@ def test_untrained_floor(size, folder, tmp_path, capsys):
     """As torchvision builds it: with zero_init_residual its blocks would add nothing."""
     probe("--data", folder, "--size", size, "--seed", 3, "--features", tmp_path / "f.pt")
     lines = capsys.readouterr().out.splitlines()
-    assert "mean=(0.485, 0.456, 0.406)" in lines[0]
+    assert lines[0] == f"no checkpoint: an untrained ResNet-18 for images of {size} px"
+    assert "mean=(0.485, 0.456, 0.406)" in lines[1]
     sizes = f"resized to {size} px, cut to {size} px"  # as the scripts do
-    assert lines[1] == f"train: 48 images, {sizes}, 512 features"
-    assert lines[2] == f"test: 24 images, {sizes}, 512 features"
+    assert lines[2] == f"train: 48 images, {sizes}, 512 features"
+    assert lines[3] == f"test: 24 images, {sizes}, 512 features"
     expected = ["kNN top-1"] * 2 + ["linear top-1"]
-    assert [line.split(":")[0] for line in lines[3:]] == expected
-    assert lines[3].endswith("(k=48, temperature 0.1)")
-    assert lines[4].endswith("(k=10, temperature inf)")
+    assert [line.split(":")[0] for line in lines[4:]] == expected
+    assert lines[4].endswith("(k=48, temperature 0.1)")
+    assert lines[5].endswith("(k=10, temperature inf)")
     torch.manual_seed(3)
     network = models.resnet18()
     network.fc = nn.Identity()
@@ -814,8 +818,8 @@ def test_images_are_decoded_a_batch_at_a_time_and_let_go(monkeypatch):
 
     items = [(Image.new("L", (8, 8), i % 256), -1) for i in range(350)]
     monkeypatch.setattr(linear_eval, "load_picture", watched)
-    flags = "--data x --size 8 --resize 8 --device cpu"
-    args = linear_eval.parse_args(flags.split())
+    args = linear_eval.parse_args(["--data", "x", "--size", "8", "--device", "cpu"])
+    args.resize = 8
     backbone = Small()
     h = linear_eval.extract_features(backbone, args, "train", items)[0]["features"]
     assert max(most) <= 200
@@ -872,7 +876,8 @@ def test_images_are_decoded_as_for_the_training(script, split, folder, tmp_path)
         gray.save(root / part / "red" / "._x.png")
     flags = ["--data", str(root), "--size", "8", "--seed", "3", "--subset", "45"]
     flags += ["--device", "cpu"]
-    args = linear_eval.parse_args([*flags, "--resize", "8"])
+    args = linear_eval.parse_args(flags)
+    args.resize = 8
     listed = linear_eval.list_images(args, split)
     saved, _ = linear_eval.extract_features(Small().eval(), args, split, listed)
     images = torch.stack([linear_eval.load_picture(Path(path), 8, 8) for path in saved["paths"]])
@@ -892,15 +897,13 @@ def test_the_middle_of_the_resized_picture_is_cut_out():
         assert pixels[:, 2:-2, 2:-2].min() == darkest
 
 
-@pytest.mark.parametrize(
-    ("size", "flags", "resize"), [(64, [], 64), (112, [], 128), (112, ["--resize", 120], 120)]
-)
+@pytest.mark.parametrize(("size", "resize"), [(64, 64), (112, 128)])
 def test_a_network_from_elsewhere_sees_the_middle_of_a_larger_picture(
-    size, flags, resize, folder, tmp_path, capsys
+    size, resize, folder, tmp_path, capsys
 ):
     """Above 64 px 8/7 of the size, 256 for 224, as in the literature."""
     torch.save(build("resnet18")[0].state_dict(), tmp_path / "saved.pth")
-    probe(tmp_path / "saved.pth", "--data", folder, "--size", size, "--subset", 6, *flags)
+    probe(tmp_path / "saved.pth", "--data", folder, "--size", size, "--subset", 6)
     assert f"resized to {resize} px, cut to {size} px, " in capsys.readouterr().out
 
 
@@ -1107,7 +1110,7 @@ def test_pictures_outside_of_the_layout_are_counted(folder, tmp_path, capsys):
     shutil.copytree(folder / "train" / "red", tmp_path / "x" / "train" / "steam engines")
     shutil.copytree(folder / "train" / "blue", tmp_path / "x" / "summer")
     probe("--data", tmp_path / "x", "--size", 8, "--features", tmp_path / "f.pt")
-    line = "passed over: 16 pictures in neither train/CLASS nor test/CLASS\n"
+    line = f"passed over: 16 pictures elsewhere, for there is a {tmp_path / 'x'}/train\n"
     assert line in capsys.readouterr().out
     probe("--data", folder, "--size", 8, "--subset", 12)
     assert "passed over" not in capsys.readouterr().out
@@ -1214,3 +1217,161 @@ def test_the_nearest_are_sought_a_thousand_queries_at_a_time(monkeypatch):
     h, y = torch.randn(300, 8), torch.arange(300) % 3
     linear_eval.knn_accuracy(h, y, torch.randn(2500, 8), torch.arange(2500) % 3)
     assert sizes == [(1000, 300), (1000, 300), (500, 300)]
+
+
+def test_a_stem_with_more_tensors_is_another_network(tmp_path):
+    state = build("resnet18")[0].state_dict() | {"conv1.bias": torch.ones(64)}
+    for order in (state, sorted(state)):
+        torch.save({name: state[name] for name in order}, tmp_path / "saved.pth")
+        with pytest.raises(SystemExit, match="no torchvision ResNet"):
+            linear_eval.load_backbone(tmp_path / "saved.pth")
+
+
+def test_a_class_of_which_nothing_can_be_read_is_none(folder, tmp_path, capsys):
+    """Else one class would be told from itself, by 100 %."""
+    for split in ("train", "test"):
+        shutil.copytree(folder / split / "red", tmp_path / "x" / split / "red")
+        (tmp_path / "x" / split / "dog").mkdir()
+        (tmp_path / "x" / split / "dog" / "0.png").write_bytes(b"x")
+    probe("--data", tmp_path / "x", "--size", 8)
+    end = "features of 24 images in no file; one class, so no accuracy\n"
+    assert capsys.readouterr().out.endswith(end)
+
+
+def test_the_features_file_is_there_as_a_whole_or_not_at_all(folder, tmp_path, monkeypatch):
+    """Where the disk is full, and though the name ends as a folder's does."""
+    flags = ["--data", folder / "train" / "red", "--size", 8, "--features", f"{tmp_path}/new/f/"]
+    save = torch.save
+
+    def fail(content, path):
+        save([], path)
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(OSError, match="No space"):
+        probe(*flags)
+    assert not (tmp_path / "new" / "f").exists()
+    monkeypatch.setattr(torch, "save", save)
+    probe(*flags)
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["f"]
+    assert len(torch.load(tmp_path / "new" / "f")["train"]["features"]) == 16
+
+
+def test_no_list_is_written_over(folder, tmp_path):
+    (tmp_path / "f.pt.passed-over.txt").write_text("of another run")
+    with pytest.raises(SystemExit, match=r"f\.pt\.passed-over\.txt exists: choose another name"):
+        probe("--data", folder, "--size", 8, "--features", tmp_path / "f.pt")
+
+
+def test_what_stands_beside_the_network_is_named(tmp_path, capsys):
+    """Attention after the stem, say, without which the features are not the network's."""
+    state = build("resnet18")[0].state_dict()
+    extras = {"fc.weight": torch.ones(3, 3), "ca.fc1.weight": torch.ones(4, 4)}
+    saved = {"epoch": torch.ones(3), "net": prefixed(dict(sorted((state | extras).items())), "m.")}
+    torch.save(saved, tmp_path / "saved.pth")
+    linear_eval.load_backbone(tmp_path / "saved.pth")
+    assert "beside it, not run: ca, fc\n" in capsys.readouterr().out
+    torch.save({"net": numbered(build("resnet18")[0])}, tmp_path / "saved.pth")
+    linear_eval.load_backbone(tmp_path / "saved.pth")
+    assert "beside it, not run: nothing\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("in_order", [True, False])
+def test_single_numbers_in_a_block_are_no_counters(in_order, tmp_path):
+    """But the slope of a PReLU, say, or the weight of a branch."""
+    state = build("resnet18")[0].state_dict()
+    names = [*state]
+    names.insert(names.index("layer2.0.conv2.weight"), "layer2.0.relu.weight")
+    saved = {name: state.get(name, torch.ones(1)) for name in names}
+    torch.save(saved if in_order else dict(sorted(saved.items())), tmp_path / "saved.pth")
+    with pytest.raises(SystemExit, match="no torchvision ResNet"):
+        linear_eval.load_backbone(tmp_path / "saved.pth")
+
+
+def test_every_resnet_of_torchvision_is_known():
+    """By shapes alone, as 500 MB of numbers would take their time."""
+    for arch in ("resnet101", "resnet152", "resnext101_32x8d", "resnext101_64x4d"):
+        with torch.device("meta"):
+            tensors = linear_eval.find_tensors(models.get_model(arch).state_dict())
+        assert linear_eval.find_backbones(tensors)["conv1.weight"][0] == arch
+
+
+COPIES = ["momentum_encoder", "target", "teacher", "key_encoder", "encoder_k", "net_m", "ema"]
+COPIES += ["swa", "avg_model", "averaged", "shadow", "loss.net", "init"]
+
+
+@pytest.mark.parametrize("copy", COPIES)
+def test_the_original_comes_before_its_copies(copy):
+    assert linear_eval.rank("model.module.backbone.conv1.weight") < linear_eval.rank(copy + ".x")
+
+
+@pytest.mark.parametrize(("small_stem", "size"), [(False, 224), (True, 32)])
+def test_the_size_is_that_of_the_stem(small_stem, size, folder, tmp_path, capsys):
+    torch.save(build("resnet18", small_stem)[0].state_dict(), tmp_path / "saved.pth")
+    probe(tmp_path / "saved.pth", "--data", folder, "--subset", 6)
+    assert capsys.readouterr().out.count(f", cut to {size} px, 512 features\n") == 2
+
+
+def test_labels_are_of_the_subset(folder, tmp_path):
+    """Which cuts the test images, too."""
+    for name, flags in (("a", []), ("b", ["--labels", 6])):
+        out = tmp_path / name
+        probe("--data", folder, "--size", 8, "--subset", 20, *flags, "--features", out)
+    whole, part = torch.load(tmp_path / "a"), torch.load(tmp_path / "b")
+    assert set(part["train"]["paths"]) < set(whole["train"]["paths"])
+    assert part["train"]["labels"].bincount().tolist() == [2, 2, 2]
+    assert part["test"]["paths"] == whole["test"]["paths"]
+    assert len(whole["test"]["paths"]) == 20
+
+
+def test_features_are_saved_before_anything_is_made_of_them(folder, tmp_path, monkeypatch):
+    def fail(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(linear_eval, "knn_accuracy", fail)
+    with pytest.raises(MemoryError):
+        probe("--data", folder, "--size", 8, "--features", tmp_path / "f.pt")
+    assert len(torch.load(tmp_path / "f.pt")["test"]["features"]) == 24
+
+
+def test_where_nothing_can_be_written_that_is_found_out_first(folder, tmp_path, monkeypatch):
+    def fail(path):
+        raise PermissionError(path)
+
+    monkeypatch.setattr(Path, "touch", fail)
+    monkeypatch.setattr(linear_eval, "extract_features", None)
+    with pytest.raises(PermissionError, match=r"f\.pt"):
+        probe("--data", folder, "--size", 8, "--features", tmp_path / "f.pt")
+
+
+def test_broken_test_images_are_listed_with_the_others(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "x")
+    (tmp_path / "x" / "train" / "red" / "bad train.png").write_bytes(b"x")
+    (tmp_path / "x" / "test" / "red" / "bad \udce9 test.png").write_bytes(b"x")  # no UTF-8
+    probe("--data", tmp_path / "x", "--size", 8, "--features", tmp_path / "f.pt")
+    first, second = Path(f"{tmp_path / 'f.pt'}.passed-over.txt").read_text().splitlines()
+    assert "bad train.png: " in first
+    assert r"bad \udce9 test.png: " in second
+
+
+def test_floats_are_more_than_8_bits():
+    with pytest.raises(ValueError, match="more than 8 bits"):
+        linear_eval.load_picture(Image.new("F", (9, 9)), 8, 8)
+
+
+def test_the_held_out_tenth_and_the_grid(monkeypatch):
+    """Of decays that are equally good the strongest is taken, and fitted to all images."""
+    fits, fit = [], linear_eval.fit
+
+    def spy(layer, h, y, decay, covariance):
+        fits.append((decay, len(h)))
+        fit(layer, h, y, decay, covariance)
+
+    monkeypatch.setattr(linear_eval, "fit", spy)
+    torch.manual_seed(0)
+    y = torch.arange(205) % 2
+    h = torch.randn(205, 4) + 50 * y[:, None]  # told apart by every decay
+    _, decay = linear_eval.linear_probe(h, y)
+    grid = [0.1, 0.01, 1e-3, 1e-4, 1e-5]
+    assert fits == [(decay, 205 - 20) for decay in grid] + [(0.1, 205)]
+    assert decay == 0.1

@@ -322,8 +322,8 @@ def test_checkpoint_goes_through_linear_eval(method, runs, capsys):
     linear_eval.main([str(runs / method / "checkpoint.pt"), "--device", "cpu"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "resnet18: backbone.conv1.weight and on, run with ReLU True, max-pool False"
-    assert lines[3] == "train: 48 images, resized to 8 px, cut to 8 px, 512 features"
-    assert lines[4] == "test: 24 images, resized to 8 px, cut to 8 px, 512 features"
+    assert lines[4] == "train: 48 images, resized to 8 px, cut to 8 px, 512 features"
+    assert lines[5] == "test: 24 images, resized to 8 px, cut to 8 px, 512 features"
     accuracy = re.fullmatch(r"linear top-1: (.*)% \(weight decay .*\)", lines[-1])
     assert float(accuracy[1]) > 80
 
