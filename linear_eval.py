@@ -165,7 +165,7 @@ def load_backbone(path, prefix="", max_pool=None):
     found = find_backbones(tensors)
     if not found:
         first = [f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items()][:3]
-        message = f"no torchvision ResNet in {len(tensors)} tensors: {', '.join(first)}"
+        message = f"no torchvision ResNet in {len(tensors)} tensors [{', '.join(first)}]"
         if unsafe:
             message += f"; if it is in what torch does not read, {unsafe[:5]}, save a state_dict()"
         sys.exit(f"{path}: {message}")
