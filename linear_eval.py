@@ -407,8 +407,9 @@ def main(argv=None):
             if file.exists():
                 sys.exit(f"{file} exists: choose another name for --features")
         features_file.parent.mkdir(parents=True, exist_ok=True)
-        part_file = unread_file.with_suffix(".part")
-        part_file.touch()  # fails at once where nothing can be written
+        part_file = features_file.with_name(f"{features_file.name}.part")
+        part_file.touch()  # where nothing can be written this fails, and not after an hour
+        part_file.unlink()
 
     # Network
     torch.manual_seed(args.seed)

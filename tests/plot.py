@@ -11,6 +11,7 @@ The last two want matplotlib.
 import argparse
 import csv
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -109,6 +110,10 @@ def main(argv=None):
     add("out", type=Path, help="picture to write")
     add("--level", nargs="*", default=[], metavar="NAME=PERCENT", help="lines in learning")
     args = parser.parse_args(argv)
+    if find_spec("pillow_heif"):  # then linear_eval.py has read HEIC as well
+        from pillow_heif import register_heif_opener
+
+        register_heif_opener()
     if args.out.exists():
         sys.exit(f"{args.out} exists: choose another name")
     if args.kind == "neighbors":
