@@ -4,15 +4,17 @@
     python linear_eval.py resnet50.pth --data FOLDER --size 224
     python linear_eval.py                                # an untrained ResNet-18: the floor
 
-The untrained network is initialized as is usual in torchvision. The scripts begin their training
-with blocks that add nothing (zero_init_residual), which would make the floor too low.
+The folder has images as train/CLASS/1.jpg and test/CLASS/2.jpg. kNN is reported, too.
 
-A file of torch.save or a .safetensors file may hold more than a ResNet. Its tensors are found by
-torchvision's names ("layer1.0.conv1.weight"), whatever stands before these. Other names will do
-if the tensors are in torchvision's order and the last parts of their names ("weight") agree. What
-the tensors do not tell is assumed: mean and std of the pixels (see --mean and --std); a max-pool
-after a 7x7 stem only (see --max-pool); stride and padding of 1 for a 3x3 stem; and as in
-torchvision BatchNorm's eps, where blocks stride, and that nothing is blurred.
+The untrained network has torchvision's usual initialization. With that of the training scripts
+(zero_init_residual: at first blocks add nothing) the floor would be too low.
+
+A file may hold more than a ResNet. Its tensors are found by torchvision's names after any prefix
+("module.layer1.0.conv1.weight"). Other names will do if the tensors are in torchvision's order
+and the last parts of their names ("weight") agree. The rest is assumed: mean and std of the
+pixels (see --mean and --std); a max-pool after a 7x7 stem only (see --max-pool); stride and
+padding of 1 in a 3x3 stem; BatchNorm's eps and which layers have a stride as in torchvision; no
+blur-pooling.
 """
 
 import argparse
@@ -44,8 +46,8 @@ class StandIn:
 
 
 def read(path):
-    """(What torch.save or safetensors wrote, types that torch does not trust): each object of such
-    a type is a StandIn. Exits with a sentence if the file does not open in torch's safe way."""
+    """Returns what torch.save or safetensors wrote, and the names of types that torch does not
+    trust, whose objects are StandIns. Exits with a sentence if the file does not open safely."""
     path = Path(path)
     if path.is_dir():
         sys.exit(f"{path} is a folder: name a file in it")
@@ -60,7 +62,7 @@ def read(path):
             from safetensors.torch import load_file
 
             return load_file(path), []
-        if zipfile.is_zipfile(path):  # else of a torch before 1.6, and not to be searched
+        if zipfile.is_zipfile(path):  # which older files than torch 1.6's are not
             unsafe = sorted(list_unsafe(path))
         with torch.serialization.safe_globals([(StandIn, name) for name in unsafe]):
             return torch.load(path, map_location="cpu", weights_only=True), unsafe
@@ -69,11 +71,11 @@ def read(path):
         why = lines[-1].strip().split(". ")[0]  # the last line's first sentence
     with path.open("rb") as file:
         start = file.read(500)
-    signs = [b"/data", torch.serialization.MAGIC_NUMBER.to_bytes(10, "little")]  # now, before 1.6
-    if path.suffix != ".safetensors" and not any(sign in start for sign in signs):
+    old_sign = torch.serialization.MAGIC_NUMBER.to_bytes(10, "little")  # before torch 1.6
+    if path.suffix != ".safetensors" and b"/data" not in start and old_sign not in start:
         sys.exit(f"{path}: nothing that torch.save wrote; it begins with {start[:30]}")
-    way = "Is it complete? Save a state_dict() alone"
-    sys.exit(f"{path} does not open: {why}; unsafe: {unsafe}. {way}")
+    why += f"; unsafe: {unsafe}. Is it complete?"
+    sys.exit(f"{path} does not open: {why} Save a state_dict() alone")
 
 
 def find_tensors(tree, place=""):
@@ -92,22 +94,22 @@ def find_tensors(tree, place=""):
 
 
 def is_network(names, tensors, wanted):
-    """Whether these names in {name: tensor} have the shapes and last parts of the wanted ones, and
-    the modules they are in (conv1, bn1, layer1 to layer4) have no others, as a deeper network's."""
+    """Whether these names in {name: tensor} match the wanted ones by shape and last part, and
+    there are no more tensors in their conv1, bn1, layer1 to layer4, as in a deeper network."""
     modules = set()
     for name, mine in zip(names, wanted):
         if name not in tensors or tensors[name].shape != wanted[mine].shape:
             return False
         if name.split(".")[-1] != mine.split(".")[-1]:
             return False
-        if mine.count(".") < 4:  # "layer4.1.bn2.weight", not "layer4.0.downsample.0.weight"
+        if "downsample" not in mine:  # "module.layer4.1.bn2.weight": "module.layer4."
             modules.add(name.rsplit(".", mine.count("."))[0] + ".")
     return {name for name in tensors if name.startswith(tuple(modules))}.issubset(names)
 
 
 def find_backbones(tensors):
-    """torchvision's ResNets in {name: tensor}: {"module.conv1.weight": (arch, names of the
-    tensors, state_dict)}."""
+    """torchvision's ResNets, also wide ones and ResNeXts, in {name: tensor}:
+    {"module.conv1.weight": (arch, names of the tensors, state_dict)}."""
     found = {}
     names = list(tensors)
     prefixes = [n.removesuffix("conv1.weight") for n in names if n.endswith("conv1.weight")]
@@ -127,7 +129,7 @@ def find_backbones(tensors):
 
 
 def rank(place):
-    """To sort by: originals before copies, then the less nested before the more nested."""
+    """Sort key: originals before copies, then the less nested before the more nested."""
     words = place.lower().replace("_", ".").split(".")
     copies = ["momentum", "target", "teacher", "key", "k", "m", "ema", "swa", "avg"]
     copies += ["average", "averaged", "shadow", "slow", "copy", "old", "loss", "init"]
@@ -135,9 +137,9 @@ def rank(place):
 
 
 def count_between(names):
-    """Modules between bn1 and layer1, if the numbers of an nn.Sequential tell: 2 (ReLU and
-    max-pool) by "0.weight", "1.weight", ..., "4.0.conv1.weight"; 1 is ReLU alone. Else None."""
-    bn1 = names[1].split(".")  # e.g. ["features", "1", "weight"], which has four tensors
+    """How many modules lie between bn1 and layer1 by the numbers of an nn.Sequential: bn1 "1",
+    layer1 "4" -> 2 (ReLU and max-pool); 1 is ReLU alone. None if there are no numbers."""
+    bn1 = names[1].split(".")  # e.g. ["features", "1", "weight"]; names[1:5] are bn1's
     layer1 = names[5].split(".")  # e.g. ["features", "4", "0", "conv1", "weight"]
     at = len(bn1) - 2  # where the number of bn1 is
     if bn1[:at] == layer1[:at] and bn1[at].isdigit() and layer1[at].isdigit():
@@ -157,8 +159,8 @@ def build_backbone(arch, small_stem, max_pool):
 
 
 def load_backbone(path, prefix="", max_pool=None):
-    """The network in a file, with --prefix the one whose names begin so; the name of its first
-    tensor; the arguments of its training if a script here has saved it, else {}. Prints what it
+    """Returns the network in a file (of several --prefix picks one), the name of its first tensor,
+    and the arguments of its training if a script here has saved it, else {}. Prints what it
     takes, or exits."""
     saved, unsafe = read(path)
     tensors = find_tensors(saved)
@@ -182,7 +184,7 @@ def load_backbone(path, prefix="", max_pool=None):
     if max_pool is None:
         max_pool = kernel == 7 and between not in (0, 1)
     backbone = build_backbone(arch, kernel == 3, max_pool)
-    backbone.load_state_dict(state)  # without batch counters, as torch once saved it
+    backbone.load_state_dict(state)  # it may lack num_batches_tracked, as old files do
     if between == 0:
         backbone.relu = nn.Identity()  # the stem's; blocks have their own
     print(f"{arch}: {place} and on, run with ReLU {between != 0}, max-pool {max_pool}")
@@ -245,22 +247,22 @@ def count_pictures(folder):
 
 
 def class_names(listed, folder):
-    """Of the classes 0, 1, ... in the [(picture or path, label)] of "train"."""
+    """Names of the classes 0, 1, ... in the [(picture or path, label)] of "train"."""
     if isinstance(listed, datasets.VisionDataset):
         return listed.classes
     return sorted({path.relative_to(folder).parts[1] for path, label in listed if label >= 0})
 
 
 def choose(listed, count, args):
-    """Indices into [(picture or path, label)]: the first --subset of a fixed shuffle. If there is a
-    count, at most so many of these, drawn by --seed, from each class the same number."""
+    """Indices into [(picture or path, label)]: the first --subset of a fixed shuffle. With a count,
+    at most that many of these, the same number of each class, drawn by --seed."""
     order = torch.randperm(len(listed), generator=torch.Generator().manual_seed(0))[: args.subset]
     if count is not None:
         drawn = torch.randperm(len(order), generator=torch.Generator().manual_seed(args.seed))
         order = order[drawn]
         labels = torch.tensor([label for _, label in listed])[order]
         classes = labels.unique()
-        order = torch.cat([order[labels == y][: count // len(classes)] for y in classes])
+        order = torch.cat([order[labels == c][: count // len(classes)] for c in classes])
     return order.tolist()
 
 
@@ -269,16 +271,16 @@ def load_picture(source, size, resize):
     picture = Image.open(source) if isinstance(source, Path) else source
     if picture.mode.startswith(("I", "F")):
         raise ValueError("more than 8 bits a channel")
-    if resize > size:  # not for a script's network, which saw pictures decoded in full
-        picture.draft("RGB", (2 * resize, 2 * resize))  # a large JPEG small: four times as fast
+    if resize > size:  # for networks of others; ours have seen JPEGs decoded in full
+        picture.draft("RGB", (2 * resize, 2 * resize))  # large JPEGs small: four times as fast
     picture = ImageOps.exif_transpose(picture).convert("RGB")  # upright
     return TF.pil_to_tensor(TF.center_crop(TF.resize(picture, resize), size))
 
 
 # ------------------------------------------------------------------ 3. Features
 def track(order, name):
-    """Batches of 100, and how far it is: on a terminal in a line that rewrites itself, in a file
-    every thousand images."""
+    """Yields batches of 100 and prints how far it is: on a terminal in a line that rewrites itself,
+    in a file every thousand images."""
     began = time.time()
     for start in range(0, len(order), 100):
         line = f"{name}: {start} of {len(order)} images"
@@ -294,8 +296,8 @@ def track(order, name):
 
 @torch.no_grad()
 def extract_features(backbone, args, split, listed, count=None):
-    """Of the chosen among listed, not augmented: {"features": (N, D), "labels": (N,), "paths": N
-    paths, or N indices into a built-in set}; what cannot be read: ["path: reason", ...]."""
+    """Returns {"features": (N, D), "labels": (N,), "paths": N paths, or indices into a built-in
+    set} of the images chosen, not augmented, and ["path: reason", ...] of what cannot be read."""
     backbone.eval().to(args.device, memory_format=torch.channels_last)
     features = [torch.empty(0, backbone.inplanes)]  # if nothing can be read; inplanes is D
     labels, paths, passed_over = [], [], []
@@ -336,29 +338,29 @@ def knn_accuracy(bank, labels, queries, truth, k=200, temperature=0.1):
 
 # ------------------------------------------------------------------ 4. The linear layer
 def fit(layer, h, y, decay, covariance):
-    """Minimizes mean cross-entropy + decay / 2 * |weight|^2, whose second derivative by a class's
-    weights is at most covariance / 2 + decay (Boehning 1992). In units in which this bound is 1
-    in all directions L-BFGS is fast."""
-    curvature = covariance / 2 + decay * torch.eye(len(covariance)).to(covariance)
-    units = torch.linalg.cholesky(curvature).inverse().float()  # (D, D); float32 could fail
-    change = torch.zeros_like(layer.weight, requires_grad=True)  # (classes, D), in units
+    """Minimizes mean cross-entropy + decay / 2 * |weight|^2 by L-BFGS, preconditioned: the Hessian
+    of the weights is about at most covariance / 2 + decay (Boehning 1992), and they are learned
+    in a basis in which this bound is the identity."""
+    bound = covariance / 2 + decay * torch.eye(len(covariance)).to(covariance)
+    basis = torch.linalg.cholesky(bound).inverse().float()  # (D, D); till here in float64
+    change = torch.zeros_like(layer.weight, requires_grad=True)  # (classes, D), in the basis
     settings = {"max_iter": 100, "tolerance_change": 1e-5, "line_search_fn": "strong_wolfe"}
     optimizer = torch.optim.LBFGS([change, layer.bias], **settings)
 
     def closure():
         optimizer.zero_grad()
-        w = layer.weight.detach() + change @ units
+        w = layer.weight.detach() + change @ basis
         loss = F.cross_entropy(F.linear(h, w, layer.bias), y) + decay / 2 * w.square().sum()
         loss.backward()
         return loss
 
     optimizer.step(closure)
-    layer.weight.data += change.detach() @ units
+    layer.weight.data += change.detach() @ basis
 
 
 def linear_probe(h, y):
     """Logistic regression: features h (N, D), labels y (N,) -> nn.Linear for these, and the
-    weight decay (for standardized ones) that did best on a tenth held out."""
+    weight decay (on standardized features) that did best on a tenth held out."""
     layer = nn.Linear(h.shape[1], int(y.max()) + 1, device=h.device)
     mean = h.mean(0)
     std = h.std(0).clamp(min=0.01 * h.std().item() + 1e-12)  # never 0
@@ -368,13 +370,13 @@ def linear_probe(h, y):
     covariance = sum(x.double().T @ x.double() for x in h.split(1000)) / len(h)
     held = len(h) // 10
     hits = {}
-    # Each starts where the last one ended. With 50 to 1000 labels a grid from 10 on did worse
+    # Each fit starts from the last. With 50 to 1000 labels, to try 10 and 1 as well was worse
     for decay in (1e-1, 1e-2, 1e-3, 1e-4, 1e-5):
         fit(layer, h[held:], y[held:], decay, covariance)
         hits[decay] = (layer(h[:held]).argmax(1) == y[:held]).sum().item()
-    best = max(hits, key=hits.get)  # of equals the strongest
+    best = max(hits, key=hits.get)  # on a tie the strongest
     fit(layer, h, y, best, covariance)
-    layer.weight.data /= std  # for features as they came
+    layer.weight.data /= std  # for features that are not standardized
     layer.bias.data -= layer.weight.data @ mean
     return layer, best
 
@@ -384,17 +386,17 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
     add("checkpoint", nargs="?", help="a saved ResNet; without it an untrained one")
-    add("--prefix", default="", help="of several saved networks that whose names begin so")
-    add("--max-pool", action=switch, help="after a saved stem; None: if its kernel is 7x7")
-    add("--mean", type=float, nargs=3, default=(0.485, 0.456, 0.406), help="of pixels in 0-1")
-    add("--std", type=float, nargs=3, default=(0.229, 0.224, 0.225), help="of them")
-    add("--data", help="as for the training; None: what a script trained on, or cifar10")
-    add("--size", type=int, help="side of the images; None: as trained, else by the stem")
+    add("--prefix", default="", help="take the network whose tensors' names start so")
+    add("--max-pool", action=switch, help="of a saved network; None: if its stem is 7x7")
+    add("--mean", type=float, nargs=3, default=(0.485, 0.456, 0.406), help="of RGB in 0-1")
+    add("--std", type=float, nargs=3, default=(0.229, 0.224, 0.225), help="of RGB in 0-1")
+    add("--data", help="cifar10, cifar100, stl10, a folder; None: as trained, else cifar10")
+    add("--size", type=int, help="side of images; None: as trained, else 32 (3x3 stem) or 224")
     add("--subset", type=int, help="take that many images of each split, always the same")
-    add("--labels", type=int, help="train on at most so many, equally many of each class")
+    add("--labels", type=int, help="train on at most so many images, as many of each class")
     add("--seed", type=int, default=0, help="of --labels, held-out tenth, untrained network")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="or cuda:1")
-    add("--features", help="file for the splits' features, labels, paths")
+    add("--features", help="new file to save features, labels and paths in")
     return parser.parse_args(argv)
 
 
@@ -422,7 +424,7 @@ def main(argv=None):
         args.size = args.size or 32
         print(f"no checkpoint: an untrained ResNet-18 for images of {args.size} px")
         backbone = build_backbone("resnet18", args.size <= 64, max_pool=args.size > 64)
-    args.resize = args.size  # as in the scripts
+    args.resize = args.size  # as in the training scripts
     if args.checkpoint and not trained and args.size > 64:
         args.resize = round(args.size * 8 / 7)  # 256 for 224, as usual for ImageNet
     args.data = args.data or trained.get("data", "cifar10")
@@ -434,11 +436,11 @@ def main(argv=None):
 
         register_heif_opener()
         datasets.folder.IMG_EXTENSIONS += (".heic", ".heif")
-    pictures = count_pictures(args.data)
+    pictures = count_pictures(args.data)  # 0 for a built-in set
     listed = {split: list_images(args, split) for split in ("train", "test")}
     outside = pictures - len(listed["train"]) - len(listed["test"])
     if outside > 0:
-        print(f"passed over: {outside} pictures elsewhere, for there is a {args.data}/train")
+        print(f"passed over: {outside} pictures outside of {args.data}/train, or not in a class")
     classes = class_names(listed["train"], args.data)
     if not args.features and (len(classes) < 2 or len(listed["test"]) == 0):
         sys.exit("no accuracy without two classes and test images; --features FILE saves features")
@@ -454,7 +456,7 @@ def main(argv=None):
     if args.features:
         about = {"args": vars(args), "place": place, "classes": classes, "passed_over": unread}
         torch.save({"train": train, "test": test, **about}, part_file)
-        part_file.rename(features_file)  # as a whole
+        part_file.rename(features_file)  # never half-written
     if unread:
         print(f"passed over {len(unread)} pictures:", *unread[:10], sep="\n  ")
     if unread and args.features:
