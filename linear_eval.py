@@ -381,6 +381,19 @@ def linear_probe(h, y):
     return layer, best
 
 
+def print_accuracy(train, test, device):
+    """Top-1 on the test images of kNN and of a linear layer that is fitted to the training ones."""
+    h, y = train["features"].to(device), train["labels"]
+    test_h, test_y = test["features"].to(device), test["labels"]
+    for k, temperature in ((200, 0.1), (10, torch.inf)):  # at infinity all votes are equal
+        knn = knn_accuracy(h, y, test_h, test_y, k, temperature)
+        print(f"kNN top-1: {knn:.2f}% (k={min(k, len(h))}, temperature {temperature})")
+    layer, decay = linear_probe(h, y.to(device))
+    top1 = 100 * (layer(test_h).argmax(1).cpu() == test_y).float().mean().item()
+    chosen = "best on a tenth held out" if len(y) >= 10 else "not chosen: under 10 images"
+    print(f"linear top-1: {top1:.2f}% (weight decay {decay}, {chosen})")
+
+
 # ------------------------------------------------------------------ 5. Main
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -464,22 +477,16 @@ def main(argv=None):
         print(f"all of these are in {unread_file}")
 
     # Accuracy
-    h, y = train["features"].to(args.device), train["labels"]
-    test_h, test_y = test["features"].to(args.device), test["labels"]
-    if len(y.unique()) < 2 or len(test_y) == 0:
+    count = len(train["labels"]) + len(test["labels"])
+    why = ""
+    if len(test["labels"]) == 0:
         why = "no test images"
-        if len(y.unique()) < 2:
-            why = "one class" if classes else "no labels"
-        count, file = len(y) + len(test_y), args.features or "no file"
-        print(f"features of {count} images in {file}; {why}, so no accuracy")
-        return
-    for k, temperature in ((200, 0.1), (10, torch.inf)):  # at infinity all votes are equal
-        knn = knn_accuracy(h, y, test_h, test_y, k, temperature)
-        print(f"kNN top-1: {knn:.2f}% (k={min(k, len(h))}, temperature {temperature})")
-    layer, decay = linear_probe(h, y.to(args.device))
-    top1 = 100 * (layer(test_h).argmax(1).cpu() == test_y).float().mean().item()
-    chosen = "best on a tenth held out" if len(y) >= 10 else "not chosen: under 10 images"
-    print(f"linear top-1: {top1:.2f}% (weight decay {decay}, {chosen})")
+    if len(train["labels"].unique()) < 2:
+        why = "one class" if classes else "no labels"
+    if why:
+        print(f"features of {count} images in {args.features or 'no file'}; {why}, so no accuracy")
+    else:
+        print_accuracy(train, test, args.device)
 
 
 if __name__ == "__main__":

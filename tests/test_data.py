@@ -1,5 +1,6 @@
 """Folders of images, and torchvision's built-in sets through torchvision's own download."""
 
+import argparse
 import hashlib
 import pickle
 import re
@@ -351,6 +352,27 @@ def test_linear_eval_takes_the_labeled_images_of_stl10(tiny_stl10, tmp_path):
         assert sorted(part["labels"].tolist()) == sorted(tiny_stl10[split][1])
         assert sorted(part["paths"]) == [*range(len(part["labels"]))]
     assert torch.load(saved)["classes"] == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("tiny_cifar", ["cifar10"], indirect=True)
+def test_pictures_are_found_again_by_the_features_file_alone(tiny_cifar, tmp_path, monkeypatch):
+    """Also those of a built-in set: the file says which one, and the places in it."""
+    monkeypatch.chdir(tmp_path)
+    flags = "--data cifar10 --size 8 --device cpu --subset 5 --features f.pt"
+    linear_eval.main(flags.split())
+    saved = torch.load("f.pt")
+    assert saved["classes"] == list("abcdef")
+    torch.manual_seed(0)
+    backbone = linear_eval.build_backbone("resnet18", small_stem=True, max_pool=False).eval()
+    for split in ("train", "test"):
+        listed = linear_eval.list_images(argparse.Namespace(**saved["args"]), split)
+        for h, y, i in zip(*saved[split].values()):
+            picture, label = listed[i]
+            assert label == y
+            x = linear_eval.load_picture(picture, saved["args"]["size"], saved["args"]["resize"])
+            x = linear_eval.TF.normalize(x / 255, saved["args"]["mean"], saved["args"]["std"])
+            with torch.no_grad():
+                torch.testing.assert_close(backbone(x[None])[0], h, rtol=1e-4, atol=1e-4)
 
 
 class Pixels(torch.nn.Flatten):
