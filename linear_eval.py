@@ -6,15 +6,14 @@
 
 The folder has images as train/CLASS/1.jpg and test/CLASS/2.jpg. kNN is reported, too.
 
-The untrained network has torchvision's usual initialization. With that of the training scripts
-(zero_init_residual: at first blocks add nothing) the floor would be too low.
+The untrained network is initialized as is usual in torchvision. As the training scripts do it
+(zero_init_residual: blocks add nothing at first) the floor would be too low.
 
-A file may hold more than a ResNet. Its tensors are found by torchvision's names after any prefix
-("module.layer1.0.conv1.weight"). Other names will do if the tensors are in torchvision's order
-and the last parts of their names ("weight") agree. The rest is assumed: mean and std of the
-pixels (see --mean and --std); a max-pool after a 7x7 stem only (see --max-pool); stride and
-padding of 1 in a 3x3 stem; BatchNorm's eps and which layers have a stride as in torchvision; no
-blur-pooling.
+A ResNet is found in a file by torchvision's names of its tensors, after any prefix. Other
+names will do if the tensors are in torchvision's order and the last parts of their names
+("weight") agree. The rest is assumed: mean and std of the pixels (see --mean and --std); a
+max-pool after a 7x7 stem only (see --max-pool); stride and padding of 1 in a 3x3 stem;
+BatchNorm's eps and the place of strides as in torchvision; no blur-pooling.
 """
 
 import argparse
@@ -38,7 +37,7 @@ from torchvision import datasets, models
 
 # ------------------------------------------------------------------ 1. Checkpoint
 class StandIn:
-    """Takes the place of an object of another type in a file: no code of it is imported or run."""
+    """In the place of an object of an unknown type, no code of which is imported or run."""
 
     def __init__(self, *args): ...
 
@@ -46,8 +45,8 @@ class StandIn:
 
 
 def read(path):
-    """Returns what torch.save or safetensors wrote, and the names of types that torch does not
-    trust, whose objects are StandIns. Exits with a sentence if the file does not open safely."""
+    """Returns what torch.save or safetensors wrote, and the names of types that torch does
+    not trust, whose objects are StandIns. Exits if the file does not open safely."""
     path = Path(path)
     if path.is_dir():
         sys.exit(f"{path} is a folder: name a file in it")
@@ -79,8 +78,8 @@ def read(path):
 
 
 def find_tensors(tree, place=""):
-    """{"state_dict.module.conv1.weight": tensor, ...} of nested dictionaries and lists, in order,
-    without those that count batches or were left by a profiler."""
+    """{"state_dict.module.conv1.weight": tensor, ...} of nested dictionaries and lists, in
+    order, without those that count batches or were left by a profiler."""
     if isinstance(tree, torch.Tensor):
         counters = ("num_batches_tracked", "total_ops", "total_params")
         return {} if place.endswith(counters) else {place: tree}
@@ -95,7 +94,7 @@ def find_tensors(tree, place=""):
 
 def is_network(names, tensors, wanted):
     """Whether these names in {name: tensor} match the wanted ones by shape and last part, and
-    there are no more tensors in their conv1, bn1, layer1 to layer4, as in a deeper network."""
+    no more tensors are in their conv1, bn1, layer1 to layer4, as in a deeper network."""
     modules = set()
     for name, mine in zip(names, wanted):
         if name not in tensors or tensors[name].shape != wanted[mine].shape:
@@ -115,7 +114,8 @@ def find_backbones(tensors):
     prefixes = [n.removesuffix("conv1.weight") for n in names if n.endswith("conv1.weight")]
     for arch, small_stem in product(models.list_models(models, "*resne*"), (False, True)):
         with torch.device("meta"):  # shapes alone
-            wanted = find_tensors(build_backbone(arch, small_stem, max_pool=True).state_dict())
+            network = build_backbone(arch, small_stem, max_pool=True)
+        wanted = find_tensors(network.state_dict())
         candidates = []
         for prefix in prefixes:  # by name
             candidates.append([prefix + name for name in wanted])
@@ -137,7 +137,7 @@ def rank(place):
 
 
 def count_between(names):
-    """How many modules lie between bn1 and layer1 by the numbers of an nn.Sequential: bn1 "1",
+    """How many modules lie between bn1 and layer1 by an nn.Sequential's numbers: bn1 "1",
     layer1 "4" -> 2 (ReLU and max-pool); 1 is ReLU alone. None if there are no numbers."""
     bn1 = names[1].split(".")  # e.g. ["features", "1", "weight"]; names[1:5] are bn1's
     layer1 = names[5].split(".")  # e.g. ["features", "4", "0", "conv1", "weight"]
@@ -159,9 +159,8 @@ def build_backbone(arch, small_stem, max_pool):
 
 
 def load_backbone(path, prefix="", max_pool=None):
-    """Returns the network in a file (of several --prefix picks one), the name of its first tensor,
-    and the arguments of its training if a script here has saved it, else {}. Prints what it
-    takes, or exits."""
+    """Returns the network in a file (of several --prefix picks one), the name of its first
+    tensor, and the arguments of its training if a script here has saved it, else {}."""
     saved, unsafe = read(path)
     tensors = find_tensors(saved)
     found = find_backbones(tensors)
@@ -169,7 +168,8 @@ def load_backbone(path, prefix="", max_pool=None):
         first = [f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items()][:3]
         message = f"no torchvision ResNet in {len(tensors)} tensors [{', '.join(first)}]"
         if unsafe:
-            message += f"; if it is in what torch does not read, {unsafe[:5]}, save a state_dict()"
+            message += f"; if it is in what torch does not read, {unsafe[:5]}, "
+            message += "save a state_dict()"
         sys.exit(f"{path}: {message}")
     places = [place for place in found if place.startswith(prefix)]
     if not places:
@@ -246,6 +246,21 @@ def count_pictures(folder):
     return pictures
 
 
+def list_splits(args):
+    """{"train": [(picture or path, label)], "test": ...}; says what of a folder is left out."""
+    if find_spec("pillow_heif"):  # then HEIC can be read
+        from pillow_heif import register_heif_opener
+
+        register_heif_opener()
+        datasets.folder.IMG_EXTENSIONS += (".heic", ".heif")
+    pictures = count_pictures(args.data)  # 0 for a built-in set
+    listed = {split: list_images(args, split) for split in ("train", "test")}
+    outside = pictures - len(listed["train"]) - len(listed["test"])
+    if outside > 0:
+        print(f"passed over: {outside} pictures not in {args.data}/train, or not in a class")
+    return listed
+
+
 def class_names(listed, folder):
     """Names of the classes 0, 1, ... in the [(picture or path, label)] of "train"."""
     if isinstance(listed, datasets.VisionDataset):
@@ -254,12 +269,13 @@ def class_names(listed, folder):
 
 
 def choose(listed, count, args):
-    """Indices into [(picture or path, label)]: the first --subset of a fixed shuffle. With a count,
-    at most that many of these, the same number of each class, drawn by --seed."""
-    order = torch.randperm(len(listed), generator=torch.Generator().manual_seed(0))[: args.subset]
+    """Indices into [(picture or path, label)]: the first --subset of a fixed shuffle. With a
+    count, at most that many of these, the same number of each class, drawn by --seed."""
+    generator = torch.Generator().manual_seed(0)
+    order = torch.randperm(len(listed), generator=generator)[: args.subset]
     if count is not None:
-        drawn = torch.randperm(len(order), generator=torch.Generator().manual_seed(args.seed))
-        order = order[drawn]
+        generator.manual_seed(args.seed)
+        order = order[torch.randperm(len(order), generator=generator)]
         labels = torch.tensor([label for _, label in listed])[order]
         classes = labels.unique()
         order = torch.cat([order[labels == c][: count // len(classes)] for c in classes])
@@ -272,15 +288,15 @@ def load_picture(source, size, resize):
     if picture.mode.startswith(("I", "F")):
         raise ValueError("more than 8 bits a channel")
     if resize > size:  # for networks of others; ours have seen JPEGs decoded in full
-        picture.draft("RGB", (2 * resize, 2 * resize))  # large JPEGs small: four times as fast
+        picture.draft("RGB", (2 * resize, 2 * resize))  # large JPEGs small, 4x as fast
     picture = ImageOps.exif_transpose(picture).convert("RGB")  # upright
     return TF.pil_to_tensor(TF.center_crop(TF.resize(picture, resize), size))
 
 
 # ------------------------------------------------------------------ 3. Features
 def track(order, name):
-    """Yields batches of 100 and prints how far it is: on a terminal in a line that rewrites itself,
-    in a file every thousand images."""
+    """Yields batches of 100 and prints how far it is: on a terminal in a line that rewrites
+    itself, in a file every thousand images."""
     began = time.time()
     for start in range(0, len(order), 100):
         line = f"{name}: {start} of {len(order)} images"
@@ -296,13 +312,14 @@ def track(order, name):
 
 @torch.no_grad()
 def extract_features(backbone, args, split, listed, count=None):
-    """Returns {"features": (N, D), "labels": (N,), "paths": N paths, or indices into a built-in
-    set} of the images chosen, not augmented, and ["path: reason", ...] of what cannot be read."""
+    """Returns {"features": (N, D), "labels": (N,), "paths": N paths, or indices into a
+    built-in set} of images not augmented, and ["path: reason", ...] of those not read."""
     backbone.eval().to(args.device, memory_format=torch.channels_last)
     features = [torch.empty(0, backbone.inplanes)]  # if nothing can be read; inplanes is D
-    labels, paths, passed_over = [], [], []
+    labels, paths = [], []
+    passed_over = []
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        for batch in track(choose(listed, count, args), split):  # few pictures are held at once
+        for batch in track(choose(listed, count, args), split):  # few pictures at once
             pictures = []
             items = [listed[i] for i in batch]
             jobs = [pool.submit(load_picture, x, args.size, args.resize) for x, _ in items]
@@ -338,9 +355,9 @@ def knn_accuracy(bank, labels, queries, truth, k=200, temperature=0.1):
 
 # ------------------------------------------------------------------ 4. The linear layer
 def fit(layer, h, y, decay, covariance):
-    """Minimizes mean cross-entropy + decay / 2 * |weight|^2 by L-BFGS, preconditioned: the Hessian
-    of the weights is about at most covariance / 2 + decay (Boehning 1992), and they are learned
-    in a basis in which this bound is the identity."""
+    """Minimizes mean cross-entropy + decay / 2 * |weight|^2 by L-BFGS, preconditioned: the
+    Hessian of the weights is about at most covariance / 2 + decay (Boehning 1992), and they
+    are learned in a basis in which this bound is the identity."""
     bound = covariance / 2 + decay * torch.eye(len(covariance)).to(covariance)
     basis = torch.linalg.cholesky(bound).inverse().float()  # (D, D); till here in float64
     change = torch.zeros_like(layer.weight, requires_grad=True)  # (classes, D), in the basis
@@ -382,7 +399,7 @@ def linear_probe(h, y):
 
 
 def print_accuracy(train, test, device):
-    """Top-1 on the test images of kNN and of a linear layer that is fitted to the training ones."""
+    """Top-1 of kNN and of a linear layer, both of which know the training images."""
     h, y = train["features"].to(device), train["labels"]
     test_h, test_y = test["features"].to(device), test["labels"]
     for k, temperature in ((200, 0.1), (10, torch.inf)):  # at infinity all votes are equal
@@ -404,7 +421,7 @@ def parse_args(argv=None):
     add("--mean", type=float, nargs=3, default=(0.485, 0.456, 0.406), help="of RGB in 0-1")
     add("--std", type=float, nargs=3, default=(0.229, 0.224, 0.225), help="of RGB in 0-1")
     add("--data", help="cifar10, cifar100, stl10, a folder; None: as trained, else cifar10")
-    add("--size", type=int, help="side of images; None: as trained, else 32 (3x3 stem) or 224")
+    add("--size", type=int, help="in pixels; None: as trained, else 32 (3x3 stem) or 224")
     add("--subset", type=int, help="take that many images of each split, always the same")
     add("--labels", type=int, help="train on at most so many images, as many of each class")
     add("--seed", type=int, default=0, help="of --labels, held-out tenth, untrained network")
@@ -444,20 +461,11 @@ def main(argv=None):
     print(args)
 
     # Data
-    if find_spec("pillow_heif"):  # then HEIC can be read
-        from pillow_heif import register_heif_opener
-
-        register_heif_opener()
-        datasets.folder.IMG_EXTENSIONS += (".heic", ".heif")
-    pictures = count_pictures(args.data)  # 0 for a built-in set
-    listed = {split: list_images(args, split) for split in ("train", "test")}
-    outside = pictures - len(listed["train"]) - len(listed["test"])
-    if outside > 0:
-        print(f"passed over: {outside} pictures outside of {args.data}/train, or not in a class")
+    listed = list_splits(args)
     classes = class_names(listed["train"], args.data)
     if not args.features and (len(classes) < 2 or len(listed["test"]) == 0):
-        sys.exit("no accuracy without two classes and test images; --features FILE saves features")
-    if args.labels is not None and not 0 < len(classes) <= args.labels:
+        sys.exit("no accuracy without classes and test images; --features FILE saves features")
+    if args.labels is not None and (not classes or args.labels < len(classes)):
         sys.exit(f"--labels {args.labels}: each of {len(classes)} classes needs one")
 
     # Features
@@ -467,8 +475,9 @@ def main(argv=None):
     if len(train["labels"]) == 0:
         sys.exit(f"no picture can be read, for example {unread[:1]}")
     if args.features:
-        about = {"args": vars(args), "place": place, "classes": classes, "passed_over": unread}
-        torch.save({"train": train, "test": test, **about}, part_file)
+        saved = {"train": train, "test": test, "args": vars(args), "place": place}
+        saved |= {"classes": classes, "passed_over": unread}
+        torch.save(saved, part_file)
         part_file.rename(features_file)  # never half-written
     if unread:
         print(f"passed over {len(unread)} pictures:", *unread[:10], sep="\n  ")
@@ -477,14 +486,15 @@ def main(argv=None):
         print(f"all of these are in {unread_file}")
 
     # Accuracy
-    count = len(train["labels"]) + len(test["labels"])
     why = ""
     if len(test["labels"]) == 0:
         why = "no test images"
     if len(train["labels"].unique()) < 2:
         why = "one class" if classes else "no labels"
     if why:
-        print(f"features of {count} images in {args.features or 'no file'}; {why}, so no accuracy")
+        count = len(train["labels"]) + len(test["labels"])
+        file = args.features or "no file"
+        print(f"features of {count} images in {file}; {why}, so no accuracy")
     else:
         print_accuracy(train, test, args.device)
 

@@ -1110,7 +1110,7 @@ def test_pictures_outside_of_the_layout_are_counted(folder, tmp_path, capsys):
     shutil.copytree(folder / "train" / "red", tmp_path / "x" / "train" / "steam engines")
     shutil.copytree(folder / "train" / "blue", tmp_path / "x" / "summer")
     probe("--data", tmp_path / "x", "--size", 8, "--features", tmp_path / "f.pt")
-    line = f"passed over: 16 pictures outside of {tmp_path / 'x'}/train, or not in a class\n"
+    line = f"passed over: 16 pictures not in {tmp_path / 'x'}/train, or not in a class\n"
     assert line in capsys.readouterr().out
     probe("--data", folder, "--size", 8, "--subset", 12)
     assert "passed over" not in capsys.readouterr().out
