@@ -66,7 +66,7 @@ def draw(picture, side):
 
 
 def shorten(name, most=24):
-    """In one line that can be drawn: "holiday 2024 in Rome.jpg" -> "holiday 20...n Rome.jpg"."""
+    """On one line: "holiday in Rome 00000123.jpg" -> "holiday in ...000123.jpg"."""
     name = " ".join(name.encode(errors="replace").decode().split())
     if len(name) <= most:
         return name

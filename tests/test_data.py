@@ -8,6 +8,7 @@ import tarfile
 import urllib.response
 
 import numpy as np
+import plot
 import pytest
 import torch
 from conftest import shrink
@@ -373,6 +374,25 @@ def test_pictures_are_found_again_by_the_features_file_alone(tiny_cifar, tmp_pat
             x = linear_eval.TF.normalize(x / 255, saved["args"]["mean"], saved["args"]["std"])
             with torch.no_grad():
                 torch.testing.assert_close(backbone(x[None])[0], h, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("tiny_cifar", ["cifar10", "cifar100"], indirect=True)
+def test_pictures_of_a_built_in_set_are_drawn_by_their_places(tiny_cifar, tmp_path, monkeypatch):
+    name, _ = tiny_cifar
+    monkeypatch.chdir(tmp_path)
+    linear_eval.main(f"--data {name} --size 8 --device cpu --subset 5 --features f.pt".split())
+    saved = torch.load("f.pt")
+    h, pictures, _ = plot.load_features("f.pt")
+    assert [picture["split"] for picture in pictures] == ["test"] * 5 + ["train"] * 5
+    for i, picture in enumerate(pictures):
+        part, k = saved[picture["split"]], i % 5
+        place = part["paths"][k]
+        assert picture["name"] == f"{picture['split']} {place}"
+        assert picture["class"] == "abcdef"[int(part["labels"][k])]
+        dataset = getattr(datasets, name.upper())("data", train=picture["split"] == "train")
+        assert picture["source"].tobytes() == dataset[place][0].tobytes()
+        assert plot.draw(picture, 40).size == (40, 40)
+        torch.testing.assert_close(h[i], torch.nn.functional.normalize(part["features"][k], dim=0))
 
 
 class Pixels(torch.nn.Flatten):

@@ -176,7 +176,7 @@ def test_pairs_and_chains(tmp_path):
     rows = rows_of(draw(plot.pairs, tmp_path, file, above=above), tmp_path)
     assert colors(rows) == expect([1, 0], [0, 2, 4])  # the shortest name first
     texts = [text.splitlines() for row in rows for _, text in row]
-    assert texts[1] == ["a copy of w...in with.png", "b", "cosine 1.000"]
+    assert texts[1] == ["a copy of w...n with.png", "b", "cosine 1.000"]
     assert texts[3:] == [
         ["фото 'ü'.png", "a", "cosine 0.993"],
         ["tab in it.png", "a", "cosine 0.970"],

@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import bench
 import plot
@@ -16,6 +17,10 @@ from conftest import ROOT
 from PIL import Image
 
 README = (ROOT / "README.md").read_text()
+HAS_LIBRARIES = plot.find_spec("matplotlib") and plot.find_spec("sklearn")
+needs_libraries = pytest.mark.skipif(
+    not HAS_LIBRARIES, reason="pip install matplotlib scikit-learn"
+)
 JOINED = README.replace("\\\n    ", "")  # a command's continued lines
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
 COMMANDS = [
@@ -37,6 +42,9 @@ def test_commands_are_found():
 @pytest.mark.parametrize("command", sorted(set(COMMANDS)))
 def test_the_flags_of_each_command(command):
     words = shlex.split(command, comments=True)
+    if "matplotlib" in words:  # as plot.py says
+        assert command in (ROOT / "tests" / "plot.py").read_text()
+        return
     if words[0] in ("pip", "git"):
         assert (ROOT / words[-1]).exists()
         return
@@ -56,7 +64,7 @@ def test_the_flags_of_each_command(command):
 
 def test_the_toy_set_as_the_readme_makes_it(tmp_path, capsys):
     """Drawn once, trained on for an epoch of a subset, measured and drawn by the README's flags."""
-    data, picture = tmp_path / "toy", tmp_path / "neighbors.png"
+    data = tmp_path / "toy"
     make = [sys.executable, str(ROOT / "tests" / "toy.py"), str(data)]
     assert subprocess.run(make, capture_output=True, timeout=100).returncode == 0
     assert len(list(data.rglob("*.png"))) == 1500
@@ -71,9 +79,12 @@ def test_the_toy_set_as_the_readme_makes_it(tmp_path, capsys):
     flags = shlex.split(probe)[3:] + ["--features", features, "--subset", "100", "--device", "cpu"]
     checkpoint = str(tmp_path / "simclr" / "checkpoint.pt")
     importlib.import_module("linear_eval").main([checkpoint, *flags])
-    plot.main(["neighbors", features, str(picture)])
-    assert picture.exists()
     assert "linear top-1: " in capsys.readouterr().out
+    if HAS_LIBRARIES:
+        map_words = next(shlex.split(command) for command in COMMANDS if "toy/map.png" in command)
+        assert map_words[:3] == ["python", "tests/plot.py", "map"]
+        plot.main(["map", features, str(tmp_path / "map.png")])
+        assert (tmp_path / "map.png").exists()
 
 
 def test_the_backbone_elsewhere(runs, monkeypatch, tmp_path):
@@ -94,35 +105,65 @@ def test_the_backbone_elsewhere(runs, monkeypatch, tmp_path):
 
 @pytest.fixture
 def photos(folder, monkeypatch, tmp_path):
-    """photos.pt by the README's flags, of 19 photos of which the first two are the same."""
-    shutil.copytree(folder / "train", tmp_path / "PHOTOS" / "trip")
-    for photo in (tmp_path / "PHOTOS" / "trip").rglob("*[1-9].png"):
-        photo.rename(photo.with_suffix(".png" if photo.parent.name == "red" else ".txt"))
-    shutil.copy(tmp_path / "PHOTOS" / "trip" / "red" / "4.png", tmp_path / "PHOTOS" / "copy.png")
+    """photos.pt by the README's flags, of 49 photos of which two are the same."""
+    shutil.copytree(folder / "train", tmp_path / "PHOTOS" / "beach")
+    shutil.copy(tmp_path / "PHOTOS" / "beach" / "red" / "4.png", tmp_path / "PHOTOS" / "copy.png")
     monkeypatch.chdir(tmp_path)
-    probe = next(command for command in COMMANDS if "--features photos.pt" in command)
-    flags = shlex.split(probe)[3:] + ["--data", "PHOTOS", "--size", "8", "--device", "cpu"]
+    probe(next(command for command in COMMANDS if "--features photos.pt" in command))
+
+
+def probe(command):
+    flags = shlex.split(command)[3:] + ["--size", "8", "--device", "cpu"]
     importlib.import_module("linear_eval").main(flags)
 
 
+def draw(part):
+    """Runs the README's command for plot.py that has this part."""
+    words = shlex.split(next(line for line in COMMANDS if part in line), comments=True)
+    assert words[:2] == ["python", "tests/plot.py"]
+    plot.main(words[2:])
+
+
+@needs_libraries
 @pytest.mark.usefixtures("photos")
-def test_the_ten_closest_pairs(capsys):
+def test_the_map_of_photos():
+    draw("map photos.pt")
+    with Image.open("map.jpg") as picture:
+        assert picture.width > 1000
+
+
+@needs_libraries
+@pytest.mark.usefixtures("photos")
+def test_the_pairs_of_photos():
+    """An untrained network takes most photos for copies, so this is about a cosine of 1."""
+    command = next(line for line in COMMANDS if "pairs photos.pt" in line)
+    plot.main([*shlex.split(command)[2:], "--above", "1"])
+    with Image.open("pairs.jpg") as picture:
+        assert picture.width > 300
+    [line] = Path("pairs.txt").read_text().splitlines()
+    assert line.split("\t") == ["1.0000", "PHOTOS/copy.png", "PHOTOS/beach/red/4.png"]
+
+
+@needs_libraries
+@pytest.mark.usefixtures("photos")
+def test_a_search_by_a_new_photo(tmp_path, capsys):
+    """A copy of a photo finds the photo, and its other copy; the other command is by name."""
+    (tmp_path / "NEW").mkdir()
+    shutil.copy(tmp_path / "PHOTOS" / "copy.png", tmp_path / "NEW" / "new.png")
+    probe(next(command for command in COMMANDS if "--features new.pt" in command))
     capsys.readouterr()
-    block = next(code for code in BLOCKS if "topk" in code)
-    assert len([line for line in block.splitlines() if line]) <= 7
-    exec(block, {})
-    pairs = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert len(pairs) == 10
-    assert pairs[0][0] == "1.000"
-    assert {*pairs[0][1:]} == {"PHOTOS/copy.png", "PHOTOS/trip/red/4.png"}
-    h = torch.nn.functional.normalize(torch.load("photos.pt")["train"]["features"])
-    paths = torch.load("photos.pt")["train"]["paths"]
-    for cosine, a, b in pairs:
-        assert f"{h[paths.index(a)] @ h[paths.index(b)]:.3f}" == cosine
-    cosines = [float(cosine) for cosine, _, _ in pairs]
-    assert cosines == sorted(cosines, reverse=True)
-    others = (h @ h.T).triu(1).flatten().sort(descending=True).values
-    assert cosines[-1] == pytest.approx(others[9].item(), abs=1e-3)
+    draw("--queries new.pt")
+    query, *found = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert query == ["NEW/new.png"]
+    assert [words[0] for words in found[:2]] == ["1.000", "1.000"]
+    assert {words[1] for words in found[:2]} == {"PHOTOS/copy.png", "PHOTOS/beach/red/4.png"}
+    draw("--query beach")
+    queries = [line for line in capsys.readouterr().out.splitlines() if line.startswith("PHOTOS")]
+    assert len(queries) == 25
+    assert all("beach" in query for query in queries)
+    for picture in ("found.jpg", "beach.jpg"):
+        with Image.open(picture) as opened:
+            assert opened.width > 1000
 
 
 def test_the_views(folder, monkeypatch, tmp_path):
@@ -136,23 +177,6 @@ def test_the_views(folder, monkeypatch, tmp_path):
         assert picture.size == (6 * 98 + 2, 5 * 98 + 2)
         shown = picture.getpixel((2 + 3 * 5 + 1, 2 + 3 * 9 + 1))
     assert shown == tuple(names["images"][0, :, 9, 5].tolist())
-
-
-@pytest.mark.usefixtures("photos")
-def test_a_search_by_a_new_photo(tmp_path, capsys):
-    """A copy of a photo finds the photo, and its other copy."""
-    (tmp_path / "NEW").mkdir()
-    shutil.copy(tmp_path / "PHOTOS" / "copy.png", tmp_path / "NEW")
-    flags = ["--data", "NEW", "--size", "8", "--device", "cpu", "--features", "new.pt"]
-    importlib.import_module("linear_eval").main(flags)
-    names = {}
-    exec(next(code for code in BLOCKS if "photos.pt" in code), names)
-    capsys.readouterr()
-    exec(next(code for code in BLOCKS if "new.pt" in code), names)
-    found = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert [cosine for cosine, _ in found[:2]] == ["1.000", "1.000"]
-    assert {path for _, path in found[:2]} == {"PHOTOS/copy.png", "PHOTOS/trip/red/4.png"}
-    assert len(found) == 5
 
 
 def test_the_forward_that_the_readme_shows_is_the_scripts():
