@@ -2,12 +2,12 @@
 
     python tests/plot.py neighbors FEATURES OUT    # pictures, each with the nearest to it
     python tests/plot.py pairs FEATURES OUT        # near-copies side by side, and a list
-    python tests/plot.py map FEATURES OUT          # all pictures, similar ones close together
+    python tests/plot.py map FEATURES OUT          # pictures, similar ones close together
     python tests/plot.py learning RUN ... OUT      # kNN accuracy by epoch
     python tests/plot.py collapse RUN ... OUT      # the same with loss and spread
 
-FEATURES is a file of linear_eval.py --features, RUN the folder of a training, OUT a new file.
-Two pictures are near each other if the cosine of their features is large; copies have 1.
+FEATURES is a file of linear_eval.py --features (run this where that ran), RUN the folder of a
+training, OUT a new file. Pictures are near if the cosine of their features is near 1.
 """
 
 import argparse
@@ -15,7 +15,6 @@ import csv
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from textwrap import wrap
 
 import torch
 import torchvision.transforms.v2.functional as TF
@@ -46,8 +45,10 @@ def load_features(file):
                 picture = {"name": f"{split} {path}", "source": listed[path][0]}
             else:
                 picture = {"name": path, "source": Path(path)}
-            name = saved["classes"][label] if label >= 0 else ""
-            pictures.append(picture | {"split": split, "class": name})
+            label = saved["classes"][label] if label >= 0 else ""
+            pictures.append(picture | {"split": split, "class": label})
+    if not built_in and not any(picture["source"].exists() for picture in pictures):
+        sys.exit(f"no picture of {file} is there ({path}): run this where linear_eval.py ran")
     h = torch.cat([saved["test"]["features"], saved["train"]["features"]])
     return torch.nn.functional.normalize(h), pictures, saved
 
@@ -60,17 +61,15 @@ def draw(picture, side):
     except Exception as error:
         print(f"not drawn: {picture['name']}: {error}")
         frame = ImageOps.expand(Image.new("RGB", (side - 2, side - 2), "white"), 1, "gray")
-        name = "\n".join(wrap(Path(picture["name"]).name, 10))
-        ImageDraw.Draw(frame).text((side // 20, side // 20), name, "gray", font_size=side / 7)
+        name = shorten(Path(picture["name"]).name)
+        ImageDraw.Draw(frame).text((3, side // 3), name, "gray", font_size=side / 14)
         return frame
 
 
-def shorten(name, most=24):
-    """On one line: "holiday in Rome 00000123.jpg" -> "holiday in ...000123.jpg"."""
-    name = " ".join(name.encode(errors="replace").decode().split())
-    if len(name) <= most:
-        return name
-    return f"{name[: most // 2 - 1]}...{name[2 - most // 2 :]}"
+def shorten(name):
+    """At most 24 letters: "holiday in Rome 00000123.jpg" -> "holiday in ...000123.jpg"."""
+    name = " ".join(name.encode(errors="replace").decode().split())  # one line that can be drawn
+    return name if len(name) <= 24 else f"{name[:11]}...{name[-10:]}"
 
 
 def draw_rows(figure, rows, title):
@@ -78,9 +77,8 @@ def draw_rows(figure, rows, title):
     columns = max(3, *(len(row) for row in rows))
     figure.set_size_inches(1.6 * columns + 0.5, 2.1 * len(rows) + 0.3)
     widths = [1.3] + [1] * (columns - 1)
-    axes = figure.subplots(len(rows), columns, squeeze=False, width_ratios=widths)
-    for ax in axes.flat:
-        ax.set(xticks=[], yticks=[], frame_on=False)
+    bare = {"xticks": [], "yticks": [], "frame_on": False}
+    axes = figure.subplots(len(rows), columns, squeeze=False, width_ratios=widths, subplot_kw=bare)
     for row, row_axes in zip(rows, axes):
         for (picture, lines), ax in zip(row, row_axes):
             ax.imshow(draw(picture, SIDE))
@@ -88,80 +86,81 @@ def draw_rows(figure, rows, title):
     figure.suptitle(title)
 
 
-def neighbors(figure, args):
+def neighbors(figure, args, h, pictures, saved):
     """Some pictures, each with those of the training split that are nearest to it."""
-    h, pictures, saved = load_features(args.source[0])
     asked = [*zip(h, pictures)]
     if args.queries:
         other_h, other_pictures, other = load_features(args.queries)
         asked = [*zip(other_h, other_pictures)]
-        for name in ("checkpoint", "prefix", "size", "resize", "mean", "std"):
+        for name in ("checkpoint", "prefix", "max_pool", "size", "resize", "mean", "std"):
             if saved["args"][name] != other["args"][name]:
                 sys.exit(f"{args.queries} was made with another {name} than {args.source[0]}")
     found = []
     for part in args.query:
-        matches = [each for each in asked if part in each[1]["name"]]
+        matches = [(query, picture) for query, picture in asked if part in picture["name"]]
         if not matches:
-            sys.exit(f"--query {part}: in no path; one path is {asked[0][1]['name']}")
+            sys.exit(f"--query {part}: in no path; one path is {pictures[0]['name']}")
         found += matches
     if not args.query:
         found = asked if args.queries else asked[:4]
 
     rows = []
     for query, picture in found[:ROWS]:
-        row = [picture]
-        cosines = h @ query
         print(picture["name"])
+        row = [(picture, [picture["class"] or Path(picture["name"]).name])]
+        cosines = h @ query
         for i in cosines.argsort(descending=True, stable=True).tolist():
-            itself = pictures[i]["name"] == picture["name"]
-            if pictures[i]["split"] == "train" and not itself and len(row) < COLUMNS:
-                print(f"  {cosines[i]:.3f}  {pictures[i]['name']}")
-                row.append(pictures[i])
-        rows.append([(each, [each["class"] or Path(each["name"]).name]) for each in row])
-    draw_rows(figure, rows, f"pictures (at most {ROWS}), each with the nearest training pictures")
+            near = pictures[i]
+            if near["split"] == "train" and near is not picture and len(row) < COLUMNS:
+                print(f"  {cosines[i]:.3f}  {near['name']}")
+                text = near["class"] or Path(near["name"]).name
+                row.append((near, [text, f"cosine {cosines[i]:.3f}"]))
+        rows.append(row)
+    draw_rows(figure, rows, f"pictures (at most {ROWS}), each with those nearest to it")
 
 
-def pairs(figure, args):
-    """Near-copies, each group in a row, copies of copies too, with cosines to the first. A list
-    beside it has a line for each group: the largest cosine, and all paths, with tabs between."""
+def pairs(figure, args, h, pictures, saved):
+    """Near-copies, each group in a row, copies of copies too, with cosines to the nearest in it.
+    The list beside it has a line for each group: the largest of these, paths, tabs between."""
     from sklearn.cluster import DBSCAN
+    from sklearn.neighbors import NearestNeighbors
 
-    h, pictures, _ = load_features(args.source[0])
-    if (h[:100] @ h.T > args.above).sum() > 100 * 1000:  # their list would fill the memory
+    if (h[:100] @ h.T > args.above - 1e-6).sum() > 100 * 1000:  # the list would fill the memory
         sys.exit(f"a picture has over 1000 copies above {args.above}: choose a larger --above")
-    clusters = DBSCAN(eps=max(1e-6, 1 - args.above), min_samples=2, metric="cosine")
-    numbers = torch.tensor(clusters.fit_predict(h.numpy()))  # (N,), in blocks; -1: in no group
+    clusters = DBSCAN(eps=1 - args.above + 1e-6, min_samples=2, metric="cosine")  # in blocks
+    numbers = torch.tensor(clusters.fit_predict(h.numpy()))  # (N,); -1: in no group
+    if numbers.max() < 0:
+        sys.exit(f"no two pictures are above {args.above}: choose a smaller --above")
+    distances, _ = NearestNeighbors(n_neighbors=1, metric="cosine").fit(h.numpy()).kneighbors()
+    cosines = 1 - torch.tensor(distances[:, 0])  # (N,) of each picture and its nearest
     groups = []
     for number in range(int(numbers.max()) + 1):
-        group = (numbers == number).nonzero().flatten().tolist()
-        group.sort(key=lambda i: (len(pictures[i]["name"]), pictures[i]["name"]))
-        cosines = (h[group] @ h[group[0]]).tolist()
-        groups.append((max(cosines[1:]), group, cosines))
-    if not groups:
-        sys.exit(f"no two pictures are above {args.above}: choose a smaller --above")
+        group = (numbers == number).nonzero().flatten()
+        group = group[cosines[group].argsort(descending=True, stable=True)].tolist()
+        groups.append((cosines[group[0]].item(), group))
 
     rows = []
     list_file = args.out.with_suffix(".txt")
     with list_file.open("x", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file, delimiter="\t", lineterminator="\n")
-        for largest, group, cosines in sorted(groups, reverse=True):
+        for largest, group in sorted(groups, reverse=True):
             writer.writerow([f"{largest:.4f}", *(pictures[i]["name"] for i in group)])
             row = []
-            for i, cosine in zip(group[:COLUMNS], cosines):
+            for i in group[:COLUMNS]:
                 path = Path(pictures[i]["name"])
-                row.append((pictures[i], [path.name, path.parent.name, f"cosine {cosine:.3f}"]))
+                note = f"cosine {cosines[i]:.3f}, {len(row) + 1} of {len(group)}"
+                row.append((pictures[i], [path.name, path.parent.name, note]))
             rows.append(row)
     print(f"{len(groups)} groups of near-copies, all of them in {list_file}")
     draw_rows(figure, rows[:ROWS], f"near-copies: the closest of {len(rows)} groups")
 
 
-def place(args):
+def place(args, h, pictures, saved):
     """At most --count pictures, drawn at random from the test split if there is one; places
-    (n, 2) in 0-1 by t-SNE (van der Maaten and Hinton 2008); and the names of the classes."""
+    (n, 2) in 0-1 by t-SNE (van der Maaten and Hinton 2008)."""
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
 
-    h, pictures, saved = load_features(args.source[0])
     shown = len(saved["test"]["labels"]) or len(pictures)
     generator = torch.Generator().manual_seed(args.seed)
     order = torch.randperm(shown, generator=generator)[: args.count]
@@ -174,7 +173,7 @@ def place(args):
         tsne = TSNE(perplexity=min(30, (n - 1) / 3), random_state=args.seed, verbose=verbose)
         places = torch.tensor(tsne.fit_transform(h))
     places = (places - places.amin(0)) / (places.amax(0) - places.amin(0)).clamp(min=1e-9)
-    return [pictures[i] for i in order.tolist()], places, saved["classes"]
+    return [pictures[i] for i in order.tolist()], places
 
 
 def choose_colors(names):
@@ -186,12 +185,12 @@ def choose_colors(names):
     return {name: matplotlib.colors.to_hex(colors(i)) for i, name in enumerate(names)}
 
 
-def picture_map(figure, args):
+def picture_map(figure, args, h, pictures, saved):
     """Pictures on a grid, each near its place by t-SNE, framed in the color of its class."""
     from matplotlib.patches import Patch
     from scipy.optimize import linear_sum_assignment
 
-    chosen, places, classes = place(args)
+    chosen, places = place(args, h, pictures, saved)
     columns = int((1.5 * SPARE * len(chosen)) ** 0.5) + 1  # the page is 3 wide, 2 high
     rows = int(SPARE * len(chosen) / columns) + 1
     cells = torch.cartesian_prod(torch.arange(columns), torch.arange(rows))
@@ -200,11 +199,12 @@ def picture_map(figure, args):
 
     side = MAP_WIDTH // columns
     frame = max(2, side // 12)
-    colors = choose_colors(classes)
-    height = rows * side + 30 * ((len(classes) + 9) // 10)  # a line for ten names
+    colors = choose_colors(saved["classes"])
+    in_line = MAP_WIDTH // (60 + 8 * max(len(name) for name in [*colors, ""]))  # names of classes
+    height = rows * side + 30 * ((len(colors) + in_line - 1) // in_line)
     figure.set_size_inches(columns * side / figure.dpi, height / figure.dpi)
     patches = [Patch(color=color, label=name) for name, color in colors.items()]
-    figure.legend(handles=patches, loc="upper center", ncols=10, frameon=False)
+    figure.legend(handles=patches, loc="upper center", ncols=in_line, frameon=False, fontsize=9)
     for part in linear_eval.track(range(len(chosen)), "map"):
         for i in part:
             picture = draw(chosen[i], side - 2 * frame)
@@ -212,18 +212,18 @@ def picture_map(figure, args):
             figure.figimage(picture, *(side * cells[assigned[i]]).tolist())
 
 
-def color_map(figure, args):
+def color_map(figure, args, h, pictures, saved):
     """The same pictures as points, by class, and beside it by --groups of classes."""
-    chosen, places, classes = place(args)
-    if not classes:
+    panels = [{name: [name] for name in saved["classes"]}]
+    if not panels[0]:
         sys.exit(f"{args.source[0]} has no classes; without --color a map shows the pictures")
-    panels = [{name: [name] for name in classes}]
     if args.groups:
         groups = [group.partition("=") for group in args.groups]
         panels.append({name: members.split(",") for name, _, members in groups})
-        unknown = set(sum(panels[1].values(), [])).difference(classes)
-        if unknown:
-            sys.exit(f"--groups: there is no class {unknown}, only {', '.join(classes)}")
+    for name, members in panels[-1].items():
+        if not set(members).issubset(panels[0]):
+            sys.exit(f"--groups {name}={','.join(members)}: the classes are {', '.join(panels[0])}")
+    chosen, places = place(args, h, pictures, saved)
     figure.set_size_inches(8 * len(panels), 6)
     for panel, ax in zip(panels, figure.subplots(1, len(panels), squeeze=False)[0]):
         ax.scatter(*places.T, s=1, color="lightgray")  # those in no group
@@ -239,20 +239,16 @@ def curves(figure, args):
     panels = {"kNN": "kNN accuracy (k = 200), percent"}
     if args.kind == "collapse":
         panels = {"loss": "loss", "spread": "spread of the predictions", **panels}
-    figure.set_size_inches(9, 3.4)
     for name, ax in zip(panels, figure.subplots(1, len(panels), squeeze=False)[0]):
         for run in args.source:
             rows = csv.DictReader(Path(run, "log.csv").read_text().splitlines())
             rows = [row for row in rows if row[name]]
             epochs = [int(row["epoch"]) for row in rows]
-            ax.plot(epochs, [float(row[name]) for row in rows], "o-", label=Path(run).name)
-        for i, level in enumerate(args.level):
-            label, percent = level.split("=")
-            ax.axhline(
-                float(percent), linestyle=("--", ":", "-.")[i % 3], color="gray", label=label
-            )
+            ax.plot(epochs, [float(row[name]) for row in rows], "o-", label=run)
         ax.set(title=panels[name], xlabel="epoch")
-        ax.grid(alpha=0.3)
+    for i, level in enumerate(args.level):  # in the last panel, of kNN
+        label, percent = level.split("=")
+        ax.axhline(float(percent), linestyle=("--", ":", "-.")[i % 3], color="gray", label=label)
     figure.legend(*ax.get_legend_handles_labels(), loc="outside right upper")
 
 
@@ -276,21 +272,25 @@ def main(argv=None):
         sys.exit("pictures need two more packages: pip install matplotlib scikit-learn")
     if args.out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".pdf", ".svg"):
         sys.exit(f"{args.out}: the name of a picture ends in .png, .jpg, .pdf or .svg")
-    if args.out.exists():
-        sys.exit(f"{args.out} exists: choose another name")
+    for file in (args.out, args.out.with_suffix(".txt")):  # the list of pairs
+        if file.exists():
+            sys.exit(f"{file} exists: choose another name")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     if find_spec("pillow_heif"):  # then linear_eval.py has read HEIC as well
         from pillow_heif import register_heif_opener
 
         register_heif_opener()
-    from matplotlib import rcParams
-    from matplotlib.figure import Figure
+    import matplotlib.figure
 
-    rcParams["text.parse_math"] = False  # a "$" in a name is a "$"
-    draw_map = color_map if args.color or args.groups else picture_map
-    functions = {"neighbors": neighbors, "pairs": pairs, "map": draw_map}
-    figure = Figure(layout="constrained")
-    functions.get(args.kind, curves)(figure, args)
+    matplotlib.rcParams["text.parse_math"] = False  # a "$" in a name is a "$"
+    figure = matplotlib.figure.Figure(figsize=(9, 3.4), layout="constrained")
+    functions = {"neighbors": neighbors, "pairs": pairs, "map": picture_map}
+    if args.color or args.groups:
+        functions["map"] = color_map
+    if args.kind in functions:
+        functions[args.kind](figure, args, *load_features(*args.source))
+    else:
+        curves(figure, args)
     figure.savefig(args.out)
     print(f"drawn: {args.out}".ljust(60))
 

@@ -12,7 +12,15 @@ import torch
 from PIL import Image
 
 EMPTY = {"features": torch.empty(0, 2), "labels": torch.empty(0, dtype=torch.int64), "paths": []}
-MADE_WITH = {"checkpoint": "x.pt", "prefix": "", "size": 8, "resize": 8, "mean": 0, "std": 1}
+MADE_WITH = {
+    "checkpoint": "x.pt",
+    "prefix": "",
+    "max_pool": None,
+    "size": 8,
+    "resize": 8,
+    "mean": 0,
+    "std": 1,
+}
 needs_libraries = pytest.mark.skipif(
     not plot.find_spec("matplotlib") or not plot.find_spec("sklearn"),
     reason="needs: pip install matplotlib scikit-learn",
@@ -65,9 +73,14 @@ def draw(function, tmp_path, *sources, **args):
 
     defaults = {"query": [], "queries": None, "above": 0.95, "groups": None, "count": 2000}
     defaults |= {"seed": 0, "level": [], "kind": "", "out": tmp_path / "x.png"}
-    figure = Figure(layout="constrained")
-    function(figure, argparse.Namespace(source=sources, **(defaults | args)))
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    loaded = () if function is plot.curves else plot.load_features(*sources)
+    function(figure, argparse.Namespace(source=sources, **(defaults | args)), *loaded)
     return figure
+
+
+def names_in(row):
+    return [text.split("\n")[0] for _, text in row]
 
 
 def colors(rows):
@@ -85,7 +98,9 @@ def test_neighbors_are_the_nearest_by_the_cosine(tmp_path, capsys):
     file = save(tmp_path / "f.pt", train, classes=["cat", "dog"])
     rows = rows_of(draw(plot.neighbors, tmp_path, file), tmp_path)
     assert colors(rows) == expect([0, 3, 1, 2], [1, 0, 2, 3], [2, 1, 0, 3], [3, 0, 1, 2])
-    assert [text for _, text in rows[0]] == ["cat", "cat", "dog", "dog"]
+    texts = [text.split("\n") for _, text in rows[0]]
+    assert texts[:2] == [["cat"], ["cat", "cosine 0.940"]]
+    assert [text[0] for text in texts] == ["cat", "cat", "dog", "dog"]
     printed = capsys.readouterr().out.splitlines()
     assert printed[:2] == [train["paths"][0], f"  0.940  {train['paths'][3]}"]
 
@@ -120,7 +135,7 @@ def test_queries_by_name(tmp_path):
     file = save(tmp_path / "f.pt", train, images(tmp_path / "b", [29]))
     rows = rows_of(draw(plot.neighbors, tmp_path, file, query=["дом", "trip"]), tmp_path)
     assert colors(rows) == expect([3, 2, 1, 0], [0, 1, 2, 3], [1, 0, 2, 3])
-    assert [text for _, text in rows[0]] == ["дом ü.png", "cat.png", "trip 2.png", "trip 1.png"]
+    assert names_in(rows[0]) == ["дом ü.png", "cat.png", "trip 2.png", "trip 1.png"]
     with pytest.raises(SystemExit, match=r"--query dog: in no path; one path is .*b.0\.png"):
         draw(plot.neighbors, tmp_path, file, query=["cat", "dog"])
 
@@ -136,7 +151,7 @@ def test_queries_of_another_file(tmp_path):
     assert colors(rows)[4] == expect([4, 8, 7, 6, 5, 4, 3, 2])[0]
     again = save(tmp_path / "again.pt", {key: part[:2] for key, part in other.items()})
     rows = rows_of(draw(plot.neighbors, tmp_path, new, queries=again), tmp_path)
-    assert colors(rows) == expect([0, 3, 2, 1, 4], [1, 2, 3, 0, 4])  # not itself
+    assert colors(rows) == expect([0, 0, 3, 2, 1, 4], [1, 1, 2, 3, 0, 4])  # it is there already
 
 
 @needs_libraries
@@ -169,31 +184,52 @@ NAMES = ["a.png", "two words.png", "фото 'ü'.png", 'with "quotes".png', "ta
 @needs_libraries
 def test_pairs_and_chains(tmp_path):
     """10 and 24 are together by 17 alone; 40 and 40 are closer; 70 is near to none."""
-    train = images(tmp_path / "a", [10, 40, 17, 70, 24], NAMES)
+    train = images(tmp_path / "a", [10, 40, 17, 70, 24.5], NAMES)
     test = images(tmp_path / "b", [40], ["a copy of what I train with.png"])
     file = save(tmp_path / "f.pt", train, test)
-    above = np.cos(np.deg2rad(8))
-    rows = rows_of(draw(plot.pairs, tmp_path, file, above=above), tmp_path)
-    assert colors(rows) == expect([1, 0], [0, 2, 4])  # the shortest name first
+    figure = draw(plot.pairs, tmp_path, file, above=np.cos(np.deg2rad(8)))
+    rows = rows_of(figure, tmp_path)
+    assert {*colors(rows)[0]} == {color(0), color(1)}  # the test image and train's second
+    assert {*colors(rows)[1]} == {color(0), color(2), color(4)}
+    assert colors(rows)[1][2] == color(4)  # least near
     texts = [text.splitlines() for row in rows for _, text in row]
-    assert texts[1] == ["a copy of w...n with.png", "b", "cosine 1.000"]
-    assert texts[3:] == [
-        ["фото 'ü'.png", "a", "cosine 0.993"],
-        ["tab in it.png", "a", "cosine 0.970"],
-    ]
+    assert {tuple(text[:2]) for text in texts[:2]} == {
+        ("a copy of w...n with.png", "b"),
+        ("two words.png", "a"),
+    }
+    assert [text[2] for text in texts[:2]] == ["cosine 1.000, 1 of 2", "cosine 1.000, 2 of 2"]
+    assert texts[4] == ["tab in it.png", "a", "cosine 0.991, 3 of 3"]
+    assert figure.get_suptitle() == "near-copies: the closest of 2 groups"
+    groups = groups_in(tmp_path / "x.txt")
     folder = f"{tmp_path}/a/"
-    expected = [["1.0000", folder + NAMES[1], test["paths"][0]]]
-    expected += [["0.9925", folder + NAMES[0], folder + NAMES[2], folder + NAMES[4]]]
-    assert groups_in(tmp_path / "x.txt") == expected
+    assert [cosine for cosine, *_ in groups] == ["1.0000", "0.9925"]
+    assert {*groups[0][1:]} == {folder + NAMES[1], test["paths"][0]}
+    assert {*groups[1][1:]} == {folder + NAMES[0], folder + NAMES[2], folder + NAMES[4]}
+    assert groups[1][3] == folder + NAMES[4]
 
 
 @needs_libraries
-def test_groups_are_those_of_the_definition(tmp_path):
+def test_real_copies_come_first_in_a_chain(tmp_path):
+    """0 to 70 is a chain in steps of 10; 35 is there twice."""
+    file = save(tmp_path / "f.pt", images(tmp_path / "a", [0, 10, 20, 30, 35, 40, 50, 60, 70, 35]))
+    [row] = rows_of(draw(plot.pairs, tmp_path, file, above=0.98), tmp_path)
+    assert len(row) == 8
+    assert {*colors([row])[0][:2]} == {color(4), color(9)}
+    texts = [text.split("\n")[2] for _, text in row]
+    assert texts[:2] == ["cosine 1.000, 1 of 10", "cosine 1.000, 2 of 10"]
+    [group] = groups_in(tmp_path / "x.txt")
+    assert group[0] == "1.0000"
+    assert len(group) == 11
+
+
+@needs_libraries
+def test_groups_are_those_of_the_definition(tmp_path, monkeypatch):
     """Whatever is connected by cosines above the threshold, from all cosines at once."""
     torch.manual_seed(0)
     n = 250
     train = {"features": torch.rand(n, 3), "labels": torch.full((n,), -1)}
     train["paths"] = [f"{i:03}.png" for i in range(n)]
+    monkeypatch.setattr(plot.Path, "exists", lambda path: path.suffix in (".png", ".pt"))
     file = save(tmp_path / "f.pt", train, EMPTY | {"features": torch.empty(0, 3)})
     draw(plot.pairs, tmp_path, file, above=0.9995)
     h = torch.nn.functional.normalize(train["features"])
@@ -204,9 +240,11 @@ def test_groups_are_those_of_the_definition(tmp_path):
         while before is None or group.sum() > before.sum():
             before, group = group, near[group].any(0)
         if group.sum() > 1:
-            expected.add(tuple(f"{j:03}.png" for j in group.nonzero().flatten().tolist()))
+            names = [f"{j:03}.png" for j in group.nonzero().flatten().tolist()]
+            largest = (h[group] @ h[group].T).fill_diagonal_(-1).max()
+            expected.add((f"{largest:.4f}", *names))
     groups = groups_in(tmp_path / "x.txt")
-    assert {tuple(paths) for _, *paths in groups} == expected
+    assert {(cosine, *sorted(paths)) for cosine, *paths in groups} == expected
     assert len(groups) == len(expected) > 20
     assert max(len(group) for group in groups) > 4
     cosines = [float(cosine) for cosine, *_ in groups]
@@ -217,9 +255,21 @@ def test_groups_are_those_of_the_definition(tmp_path):
 def test_a_group_larger_than_a_row_is_all_in_the_list(tmp_path):
     train = images(tmp_path / "a", [*range(60)])
     file = save(tmp_path / "f.pt", train)
-    rows = rows_of(draw(plot.pairs, tmp_path, file, above=0.999), tmp_path)
-    assert colors(rows) == expect([0, 1, 2, 3, 4, 5, 6, 7])
-    assert groups_in(tmp_path / "x.txt") == [["0.9998", *train["paths"]]]
+    [row] = rows_of(draw(plot.pairs, tmp_path, file, above=0.999), tmp_path)
+    assert len(row) == 8
+    [[cosine, *paths]] = groups_in(tmp_path / "x.txt")
+    assert cosine == "0.9998"
+    assert sorted(paths) == sorted(train["paths"])
+
+
+@needs_libraries
+def test_more_groups_than_a_page_holds(tmp_path, capsys):
+    file = save(tmp_path / "f.pt", images(tmp_path / "a", [3 * (i // 2) for i in range(60)]))
+    figure = draw(plot.pairs, tmp_path, file, above=0.9999)
+    assert len(rows_of(figure, tmp_path)) == 25
+    assert len(groups_in(tmp_path / "x.txt")) == 30
+    assert "30 groups of near-copies, all of them in " in capsys.readouterr().out
+    assert figure.get_suptitle() == "near-copies: the closest of 30 groups"
 
 
 @needs_libraries
@@ -242,18 +292,20 @@ def test_exact_copies_alone(tmp_path):
 def test_a_list_is_not_written_over(tmp_path):
     file = save(tmp_path / "f.pt", images(tmp_path / "a", [0, 0]))
     (tmp_path / "x.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match=r"x\.txt"):
-        draw(plot.pairs, tmp_path, file)
+    with pytest.raises(SystemExit, match=r"x\.txt exists: choose another name"):
+        plot.main(["pairs", file, str(tmp_path / "x.png")])
     assert (tmp_path / "x.txt").read_text() == "mine"
 
 
 @needs_libraries
 def test_too_many_pairs_for_the_memory(tmp_path):
     """As of a network that has collapsed."""
+    path = images(tmp_path / "a", [0])["paths"]
     train = {"features": torch.ones(1100, 2), "labels": torch.full((1100,), -1)}
-    file = save(tmp_path / "f.pt", train | {"paths": ["x.png"] * 1100})
-    with pytest.raises(SystemExit, match="over 1000 copies above 0.95: choose a larger --above"):
-        draw(plot.pairs, tmp_path, file)
+    file = save(tmp_path / "f.pt", train | {"paths": path * 1100})
+    for above in (0.95, 1.0):
+        with pytest.raises(SystemExit, match=f"over 1000 copies above {above}: choose a larger"):
+            draw(plot.pairs, tmp_path, file, above=above)
 
 
 # ------------------------------------------------------------------ Map
@@ -295,11 +347,43 @@ def test_a_map_has_each_picture_once_in_the_frame_of_its_class(tmp_path):
     distances = torch.cdist(places, places)
     nearest = distances.fill_diagonal_(99).argmin(1)
     assert ((nearest < 20) == (torch.arange(40) < 20)).float().mean() > 0.9
-    frames = [cells[color(i)][2] for i in range(40)]
     names = plot.choose_colors(["left", "right"])
-    assert [f"#{r:02x}{g:02x}{b:02x}" for r, g, b in frames] == [
-        names["left"] if i < 20 else names["right"] for i in range(40)
-    ]
+    for i in range(40):
+        r, g, b = cells[color(i)][2]
+        assert f"#{r:02x}{g:02x}{b:02x}" == names["left" if i < 20 else "right"]
+
+
+@needs_libraries
+@pytest.mark.parametrize(
+    ("count", "name", "height"),
+    [
+        (10, "automobile", 30),
+        (11, "automobile", 60),
+        (100, "sweet_pepper", 390),
+        (9, 40 * "e", 90),
+    ],
+)
+def test_the_legend_of_a_map(count, name, height, tmp_path):
+    """All classes by name and color, above the pictures and not beyond the page."""
+    from matplotlib.colors import to_hex
+
+    train = images(tmp_path / "a", [*range(5)], labels=[0] * 5)
+    classes = [f"{name[:-2]}{i:02}" for i in range(count)]
+    file = save(tmp_path / "f.pt", train, classes=classes)
+    figure = draw(plot.picture_map, tmp_path, file)
+    figure.savefig(tmp_path / "m.png")
+    [legend] = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == classes
+    shown = [to_hex(patch.get_facecolor()) for patch in legend.get_patches()]
+    assert shown == [*plot.choose_colors(classes).values()]
+    columns = int((1.5 * 1.3 * 5) ** 0.5) + 1
+    rows = int(1.3 * 5 / columns) + 1
+    side = 1400 // columns
+    assert Image.open(tmp_path / "m.png").size == (columns * side, rows * side + height)
+    box = legend.get_window_extent()
+    assert box.x0 >= 0
+    assert box.x1 <= columns * side
+    assert box.y0 > rows * side - 1
 
 
 @needs_libraries
@@ -310,7 +394,7 @@ def test_pictures_are_near_their_places(tmp_path, monkeypatch):
     _, pictures, _ = plot.load_features(file)
     u = torch.tensor([0, 0.5, 1, 0, 1, 0.5, 0.5, 0.5, 0.5])
     v = torch.tensor([0, 0.0, 0, 1, 1, 1.0, 1.0, 1.0, 1.0])
-    monkeypatch.setattr(plot, "place", lambda args: (pictures, torch.stack([u, v], 1), []))
+    monkeypatch.setattr(plot, "place", lambda *_: (pictures, torch.stack([u, v], 1)))
     plot.main(["map", file, str(tmp_path / "m.png")])
     cells = cells_of(tmp_path / "m.png", 1400 // 5, legend=0)  # 5 columns, 3 rows
     assert {cells[color(i)][:2] for i in range(5)} == {(0, 0), (2, 0), (4, 0), (0, 2), (4, 2)}
@@ -342,15 +426,16 @@ def test_a_map_of_a_network_that_has_collapsed(h, tmp_path):
 
 
 def place(file, **args):
-    args = argparse.Namespace(source=[file], **({"count": 2000, "seed": 0} | args))
-    chosen, places, _ = plot.place(args)
+    args = argparse.Namespace(**({"count": 2000, "seed": 0} | args))
+    chosen, places = plot.place(args, *plot.load_features(file))
     return [picture["name"] for picture in chosen], places
 
 
 @needs_libraries
-def test_places_gather_what_is_similar(tmp_path):
+def test_places_gather_what_is_similar(tmp_path, monkeypatch):
     none = {"features": two_kinds(20), "labels": torch.full((40,), -1)}
     none["paths"] = [f"{i}.png" for i in range(40)]
+    monkeypatch.setattr(plot.Path, "exists", lambda path: path.suffix in (".png", ".pt"))
     file = save(tmp_path / "f.pt", none, EMPTY | {"features": torch.empty(0, 16)})
     names, places = place(file)
     assert sorted(names) == sorted(none["paths"])
@@ -390,14 +475,13 @@ def test_a_map_of_points(tmp_path):
     for i, group in enumerate(groups):
         np.testing.assert_allclose(group.get_offsets(), places[numbers == i])
     assert len({tuple(group.get_facecolor()[0]) for group in groups}) == 3
+    assert ax.get_title() == "t-SNE of the features of 40 pictures"
     _, ax = draw(plot.color_map, tmp_path, file, groups=["animal=dog,cat", "sea=ship"]).axes
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["animal", "sea"]
     _, animals, ships = ax.collections
     np.testing.assert_allclose(animals.get_offsets(), places[numbers < 2])
     np.testing.assert_allclose(ships.get_offsets(), places[numbers == 2])
-    with pytest.raises(
-        SystemExit, match=r"--groups: there is no class \{'cow'\}, only cat, dog, s"
-    ):
+    with pytest.raises(SystemExit, match="--groups animal=dog,cow: the classes are cat, dog, ship"):
         draw(plot.color_map, tmp_path, file, groups=["animal=dog,cow"])
     for flags in (["--color"], ["--groups", "animal=cat,dog"]):
         plot.main(["map", file, str(tmp_path / f"{len(flags)}.png"), *flags])
@@ -419,6 +503,29 @@ def test_all_colors_differ(count):
 
 
 # ------------------------------------------------------------------ A picture
+@needs_libraries
+def test_pictures_are_not_upside_down(tmp_path):
+    train = images(tmp_path / "a", [0, 10])
+    for path in train["paths"]:
+        picture = Image.new("RGB", (20, 20), "red")
+        picture.paste("blue", (0, 10, 20, 20))
+        picture.save(path)
+    file = save(tmp_path / "f.pt", train)
+    plot.main(["map", file, str(tmp_path / "m.png")])
+    page = Image.open(tmp_path / "m.png").convert("RGB")
+    side = page.width // 2
+    corners = [(x, y) for x in range(0, page.width, side) for y in range(0, page.height, side)]
+    upper = {page.getpixel((x + side // 2, y + side // 4)) for x, y in corners}
+    lower = {page.getpixel((x + side // 2, y + side // 4 * 3)) for x, y in corners}
+    assert upper - {(255, 255, 255)} == {(255, 0, 0)}
+    assert lower - {(255, 255, 255)} == {(0, 0, 255)}
+    for ax in draw(plot.neighbors, tmp_path, file).axes:
+        if ax.images:
+            assert ax.get_ylim()[0] > ax.get_ylim()[1]
+            assert ax.images[0].origin == "upper"
+            assert tuple(ax.images[0].get_array()[5, 5][:3]) == (255, 0, 0)
+
+
 def test_a_picture_is_upright_and_its_middle(tmp_path):
     picture = Image.new("RGB", (300, 100), "red")
     picture.paste("blue", (100, 0, 200, 50))  # after a turn by 180 degrees the lower half
@@ -472,7 +579,7 @@ def test_a_missing_picture_keeps_its_place(tmp_path):
     Path(train["paths"][1]).unlink()
     file = save(tmp_path / "f.pt", train)
     rows = rows_of(draw(plot.neighbors, tmp_path, file), tmp_path)
-    assert [text for _, text in rows[0]] == ["0.png", "1.png", "2.png"]
+    assert names_in(rows[0]) == ["0.png", "1.png", "2.png"]
     assert colors(rows)[0][::2] == [color(0), color(2)]
     plot.main(["map", file, str(tmp_path / "m.png")])
     assert {color(0), color(2)} == set(cells_of(tmp_path / "m.png", 1400 // 3, legend=0))
@@ -497,12 +604,12 @@ def test_names_are_shortened_in_the_middle(name, expected):
 @needs_libraries
 @pytest.mark.filterwarnings("ignore:Glyph")
 def test_any_name_can_be_drawn(tmp_path):
-    names = ["$x_1$ {.png", "a\nb.png", "写真.png", "\udcff.png"]
+    names = ["$x_{$.png", "a\nb.png", "写真.png", "\udcff.png"]
     file = save(tmp_path / "f.pt", images(tmp_path / "a", [0, 10, 20, 1], names))
     for kind in ("neighbors", "pairs", "map"):
         plot.main([kind, file, str(tmp_path / f"{kind}.png")])
     rows = rows_of(draw(plot.neighbors, tmp_path, file), tmp_path)
-    assert [text for _, text in rows[0]] == ["$x_1$ {.png", "?.png", "a b.png", "写真.png"]
+    assert names_in(rows[0]) == ["$x_{$.png", "?.png", "a b.png", "写真.png"]
     assert sorted(groups_in(tmp_path / "pairs.txt")[0][1:]) == sorted(
         str(tmp_path / "a" / name) for name in names
     )
@@ -520,6 +627,7 @@ def test_what_cannot_be_drawn_or_written(tmp_path):
     for source, target, message in (
         (file, out, r"out\.jpg exists: choose another name"),
         (file, "out", r"out: the name of a picture ends in \.png, \.jpg"),
+        (file, str(tmp_path / "OUT.TXT"), r"OUT\.TXT: the name of a picture ends in"),
         (str(tmp_path / "g.pt"), "x.png", r"there is no file .*g\.pt"),
         (str(tmp_path), "x.png", "is a folder: name a file in it"),
         (str(tmp_path / "p.png"), "x.png", "nothing that torch.save wrote"),
@@ -527,6 +635,37 @@ def test_what_cannot_be_drawn_or_written(tmp_path):
     ):
         with pytest.raises(SystemExit, match=message):
             plot.main(["neighbors", source, target])
+
+
+@needs_libraries
+def test_run_from_another_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = save(tmp_path / "f.pt", images(Path("a"), [0, 10]))
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    with pytest.raises(
+        SystemExit, match=r"no picture of .*f\.pt is there \(a.1\.png\): run this w"
+    ):
+        plot.main(["map", file, "m.png"])
+    assert not Path("m.png").exists()
+
+
+@needs_libraries
+def test_one_file_of_features_at_a_time(tmp_path):
+    file = save(tmp_path / "f.pt", images(tmp_path / "a", [0, 10]))
+    with pytest.raises(TypeError):
+        plot.main(["map", file, file, str(tmp_path / "m.png")])
+
+
+@needs_libraries
+def test_heic_is_drawn(tmp_path):
+    pillow_heif = pytest.importorskip("pillow_heif")
+    train = images(tmp_path / "a", [0, 10])
+    train["paths"][0] = str(tmp_path / "a" / "0.heic")
+    pillow_heif.from_pillow(Image.new("RGB", (90, 90), color(0))).save(train["paths"][0])
+    plot.main(["map", save(tmp_path / "f.pt", train), str(tmp_path / "M.PNG")])
+    shown = cells_of(tmp_path / "M.PNG", 1400 // 2, legend=0)
+    assert min(sum(abs(a - b) for a, b in zip(rgb, color(0))) for rgb in shown) < 12
 
 
 @pytest.mark.parametrize("missing", ["matplotlib", "sklearn"])
@@ -559,17 +698,20 @@ def test_learning_shows_knn_where_it_was_measured(logs, tmp_path):
     assert drawn(ax)[:2] == [knn, knn]
     assert [line[1] for line in drawn(ax)[2:]] == [[i + 0.5, i + 0.5] for i in range(5)]
     names = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert names == ["with", "without", "0", "1", "2", "3", "4"]
+    assert names == [*logs, "0", "1", "2", "3", "4"]
+    styles = [line.get_linestyle() for line in ax.lines]
+    assert styles == ["-", "-", "--", ":", "-.", "--", ":"]
+    assert (ax.get_title(), ax.get_xlabel()) == ("kNN accuracy (k = 200), percent", "epoch")
     plot.main(["learning", *logs, str(tmp_path / "x.png"), "--level", "pixels=41.1"])
     assert Image.open(tmp_path / "x.png").size == (900, 340)
 
 
 @needs_libraries
 def test_collapse_shows_three_columns(logs, tmp_path):
-    figure = draw(plot.curves, tmp_path, *logs, kind="collapse")
+    figure = draw(plot.curves, tmp_path, *logs, kind="collapse", level=["pixels=41"])
     loss, spread = [[1, 2, 3], [-0.3, -0.5, -0.6]], [[1, 2, 3], [0.8, 0.9, 0.9]]
     assert [drawn(ax)[0] for ax in figure.axes] == [loss, spread, [[1, 3], [24.4, 25]]]
-    assert [len(ax.lines) for ax in figure.axes] == [2, 2, 2]
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["with", "without"]
+    assert [len(ax.lines) for ax in figure.axes] == [2, 2, 3]  # the level is one of kNN
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [*logs, "pixels"]
     plot.main(["collapse", *logs, str(tmp_path / "x.png")])
     assert (tmp_path / "x.png").exists()
