@@ -92,10 +92,10 @@ def neighbors(figure, args, h, pictures, saved):
     if args.queries:
         other_h, other_pictures, other = load_features(args.queries)
         asked = [*zip(other_h, other_pictures)]
-        for name in ("checkpoint", "prefix", "max_pool", "size", "resize", "mean", "std"):
+        for name in ("checkpoint", "prefix", "max_pool", "seed", "size", "resize", "mean", "std"):
             if saved["args"][name] != other["args"][name]:
                 sys.exit(f"{args.queries} was made with another {name} than {args.source[0]}")
-    found = []
+    found, rows = [], []
     for part in args.query:
         matches = [(query, picture) for query, picture in asked if part in picture["name"]]
         if not matches:
@@ -104,7 +104,6 @@ def neighbors(figure, args, h, pictures, saved):
     if not args.query:
         found = asked if args.queries else asked[:4]
 
-    rows = []
     for query, picture in found[:ROWS]:
         print(picture["name"])
         row = [(picture, [picture["class"] or Path(picture["name"]).name])]
@@ -236,7 +235,7 @@ def color_map(figure, args, h, pictures, saved):
 
 def curves(figure, args):
     """kNN of runs by epoch, and --level NAME=PERCENT as lines; or loss and spread, too."""
-    panels = {"kNN": "kNN accuracy (k = 200), percent"}
+    panels = {"kNN": "kNN accuracy, percent"}
     if args.kind == "collapse":
         panels = {"loss": "loss", "spread": "spread of the predictions", **panels}
     for name, ax in zip(panels, figure.subplots(1, len(panels), squeeze=False)[0]):
@@ -249,7 +248,8 @@ def curves(figure, args):
     for i, level in enumerate(args.level):  # in the last panel, of kNN
         label, percent = level.split("=")
         ax.axhline(float(percent), linestyle=("--", ":", "-.")[i % 3], color="gray", label=label)
-    figure.legend(*ax.get_legend_handles_labels(), loc="outside right upper")
+    ax.set_ylim(bottom=0)
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=4)
 
 
 def main(argv=None):

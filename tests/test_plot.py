@@ -16,6 +16,7 @@ MADE_WITH = {
     "checkpoint": "x.pt",
     "prefix": "",
     "max_pool": None,
+    "seed": 0,
     "size": 8,
     "resize": 8,
     "mean": 0,
@@ -701,7 +702,7 @@ def test_learning_shows_knn_where_it_was_measured(logs, tmp_path):
     assert names == [*logs, "0", "1", "2", "3", "4"]
     styles = [line.get_linestyle() for line in ax.lines]
     assert styles == ["-", "-", "--", ":", "-.", "--", ":"]
-    assert (ax.get_title(), ax.get_xlabel()) == ("kNN accuracy (k = 200), percent", "epoch")
+    assert (ax.get_title(), ax.get_xlabel()) == ("kNN accuracy, percent", "epoch")
     plot.main(["learning", *logs, str(tmp_path / "x.png"), "--level", "pixels=41.1"])
     assert Image.open(tmp_path / "x.png").size == (900, 340)
 
@@ -712,6 +713,8 @@ def test_collapse_shows_three_columns(logs, tmp_path):
     loss, spread = [[1, 2, 3], [-0.3, -0.5, -0.6]], [[1, 2, 3], [0.8, 0.9, 0.9]]
     assert [drawn(ax)[0] for ax in figure.axes] == [loss, spread, [[1, 3], [24.4, 25]]]
     assert [len(ax.lines) for ax in figure.axes] == [2, 2, 3]  # the level is one of kNN
+    assert figure.axes[2].get_ylim()[0] == 0
+    assert figure.axes[2].get_ylim()[1] > 41
     assert [text.get_text() for text in figure.legends[0].get_texts()] == [*logs, "pixels"]
     plot.main(["collapse", *logs, str(tmp_path / "x.png")])
     assert (tmp_path / "x.png").exists()
