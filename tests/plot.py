@@ -45,8 +45,8 @@ def load_features(file):
                 picture = {"name": f"{split} {path}", "source": listed[path][0]}
             else:
                 picture = {"name": path, "source": Path(path)}
-            label = saved["classes"][label] if label >= 0 else ""
-            pictures.append(picture | {"split": split, "class": label})
+            kind = saved["classes"][label] if label >= 0 else ""
+            pictures.append(picture | {"split": split, "class": kind})
     if not built_in and not any(picture["source"].exists() for picture in pictures):
         sys.exit(f"no picture of {file} is there ({path}): run this where linear_eval.py ran")
     h = torch.cat([saved["test"]["features"], saved["train"]["features"]])
