@@ -25,7 +25,7 @@ import linear_eval  # noqa: E402
 
 ROWS, COLUMNS = 25, 8  # of pictures on a page, at most
 SIDE, MAP_WIDTH = 144, 1400  # of a picture in rows, and of a map, in pixels
-SPARE = 1.3  # places on a map for a picture, so that groups have a shape
+SPARE = 1.3  # places on a map per picture; the empty ones give groups a shape
 
 
 def load_features(file):
@@ -56,13 +56,13 @@ def load_features(file):
 def draw(picture, side):
     """The middle of a picture; if it has been moved or deleted, a frame with its name."""
     try:
-        # With a pixel to cut off large JPEGs are decoded small, which is faster
+        # With one pixel more to cut off, load_picture decodes large JPEGs small: faster
         return TF.to_pil_image(linear_eval.load_picture(picture["source"], side, side + 1))
     except Exception as error:
         print(f"not drawn: {picture['name']}: {error}")
         frame = ImageOps.expand(Image.new("RGB", (side - 2, side - 2), "white"), 1, "gray")
         name = shorten(Path(picture["name"]).name)
-        ImageDraw.Draw(frame).text((3, side // 3), name, "gray", font_size=side / 14)
+        ImageDraw.Draw(frame).text((3, side // 3), name, "gray", font_size=max(1, side / 14))
         return frame
 
 
@@ -99,7 +99,7 @@ def neighbors(figure, args, h, pictures, saved):
     for part in args.query:
         matches = [(query, picture) for query, picture in asked if part in picture["name"]]
         if not matches:
-            sys.exit(f"--query {part}: in no path; one path is {pictures[0]['name']}")
+            sys.exit(f"--query {part}: in no path; one path is {asked[0][1]['name']}")
         found += matches
     if not args.query:
         found = asked if args.queries else asked[:4]
@@ -115,17 +115,17 @@ def neighbors(figure, args, h, pictures, saved):
                 text = near["class"] or Path(near["name"]).name
                 row.append((near, [text, f"cosine {cosines[i]:.3f}"]))
         rows.append(row)
-    draw_rows(figure, rows, f"pictures (at most {ROWS}), each with those nearest to it")
+    draw_rows(figure, rows, f"each picture with its nearest (at most {ROWS} pictures)")
 
 
 def pairs(figure, args, h, pictures, saved):
     """Near-copies, each group in a row, copies of copies too, with cosines to the nearest in it.
-    The list beside it has a line for each group: the largest of these, paths, tabs between."""
+    The list beside it has a line for each group: its largest cosine, its paths, tab-separated."""
     from sklearn.cluster import DBSCAN
     from sklearn.neighbors import NearestNeighbors
 
-    if (h[:100] @ h.T > args.above - 1e-6).sum() > 100 * 1000:  # the list would fill the memory
-        sys.exit(f"a picture has over 1000 copies above {args.above}: choose a larger --above")
+    if (h[:100] @ h.T > args.above - 1e-6).sum() > 100 * 1000:  # on average
+        sys.exit(f"pictures have over 1000 copies above {args.above}: choose a larger --above")
     clusters = DBSCAN(eps=1 - args.above + 1e-6, min_samples=2, metric="cosine")  # in blocks
     numbers = torch.tensor(clusters.fit_predict(h.numpy()))  # (N,); -1: in no group
     if numbers.max() < 0:
@@ -134,8 +134,8 @@ def pairs(figure, args, h, pictures, saved):
     cosines = 1 - torch.tensor(distances[:, 0])  # (N,) of each picture and its nearest
     groups = []
     for number in range(int(numbers.max()) + 1):
-        group = (numbers == number).nonzero().flatten()
-        group = group[cosines[group].argsort(descending=True, stable=True)].tolist()
+        group = (numbers == number).nonzero().flatten().tolist()
+        group.sort(key=lambda i: (-round(cosines[i].item(), 4), len(pictures[i]["name"])))
         groups.append((cosines[group[0]].item(), group))
 
     rows = []
@@ -161,12 +161,12 @@ def place(args, h, pictures, saved):
     from sklearn.manifold import TSNE
 
     shown = len(saved["test"]["labels"]) or len(pictures)
-    generator = torch.Generator().manual_seed(args.seed)
-    order = torch.randperm(shown, generator=generator)[: args.count]
+    torch.manual_seed(args.seed)
+    order = torch.randperm(shown)[: args.count]
     n = len(order)
     places = torch.zeros(n, 2)
     if n > 1:
-        h = h[order] + 1e-6 * torch.randn(n, h.shape[1], generator=generator)  # if all are equal
+        h = h[order] + 1e-6 * torch.randn(n, h.shape[1])  # in case all are equal
         h = PCA(min(50, *h.shape), random_state=args.seed).fit_transform(h)
         verbose = 2 if sys.stdout.isatty() else 0  # 2: a line every 50 iterations
         tsne = TSNE(perplexity=min(30, (n - 1) / 3), random_state=args.seed, verbose=verbose)
@@ -261,7 +261,7 @@ def main(argv=None):
     add("out", type=Path, help="new file, .png, .jpg, .pdf or .svg")
     add("--query", nargs="+", default=[], help="neighbors: of pictures with this in their path")
     add("--queries", metavar="FEATURES", help="neighbors: of the pictures in this other file")
-    add("--above", type=float, default=0.95, help="pairs: least cosine; default: 0.95")
+    add("--above", type=float, default=0.95, help="pairs: least cosine, 0-1; default: 0.95")
     add("--color", action="store_true", help="map: points, in the colors of their classes")
     add("--groups", nargs="+", metavar="GROUP=CLASS,CLASS", help="map: color these, too")
     add("--count", type=int, default=2000, help="map: most pictures; default: 2000")
