@@ -550,6 +550,16 @@ def test_a_picture_is_upright_and_its_middle(tmp_path):
     assert shown.getpixel((3, 5)) == (0, 255, 0)
 
 
+def test_a_picture_is_whole_along_its_shorter_side(tmp_path):
+    picture = Image.new("RGB", (100, 100), "blue")
+    picture.paste("red", (5, 5, 95, 95))
+    picture.save(tmp_path / "p.png")
+    shown = plot.draw({"name": "p", "source": tmp_path / "p.png"}, 50)
+    assert shown.getpixel((0, 25)) == (0, 0, 255)
+    assert shown.getpixel((49, 25))[2] > 200
+    assert shown.getpixel((25, 25)) == (255, 0, 0)
+
+
 def test_a_large_jpeg_is_decoded_small(tmp_path, monkeypatch):
     Image.new("RGB", (1600, 1200), "red").save(tmp_path / "p.jpg")
     decoded = []
@@ -627,6 +637,26 @@ def test_any_name_can_be_drawn(tmp_path):
 
 
 # ------------------------------------------------------------------ Files
+@needs_libraries
+def test_what_is_not_said(tmp_path, monkeypatch):
+    """Copies have a cosine above 0.95, and a map has at most 2,000 pictures."""
+    train = images(tmp_path / "a", [0, 17, 50, 70])
+    file = save(tmp_path / "f.pt", train)
+    plot.main(["pairs", file, str(tmp_path / "p.png")])
+    [[cosine, *paths]] = groups_in(tmp_path / "p.txt")
+    assert cosine == "0.9563"
+    assert sorted(paths) == train["paths"][:2]
+    seen = []
+
+    def spy(args, h, pictures, saved):
+        seen.append((args.count, args.seed))
+        return pictures, torch.zeros(4, 2)
+
+    monkeypatch.setattr(plot, "place", spy)
+    plot.main(["map", file, str(tmp_path / "m.png")])
+    assert seen == [(2000, 0)]
+
+
 @needs_libraries
 def test_what_cannot_be_drawn_or_written(tmp_path):
     file = save(tmp_path / "f.pt", images(tmp_path / "a", [0, 10]))
