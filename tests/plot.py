@@ -126,19 +126,19 @@ def pairs(figure, args, h, pictures, saved):
 
     if (h[:100] @ h.T > args.above - 1e-6).sum() > 100 * 1000:  # on average
         sys.exit(f"pictures have over 1000 copies above {args.above}: choose a larger --above")
+    print(f"comparing {len(h)} pictures; 10,000 take half a minute")
     clusters = DBSCAN(eps=1 - args.above + 1e-6, min_samples=2, metric="cosine")  # in blocks
     numbers = torch.tensor(clusters.fit_predict(h.numpy()))  # (N,); -1: in no group
     if numbers.max() < 0:
         sys.exit(f"no two pictures are above {args.above}: choose a smaller --above")
     distances, _ = NearestNeighbors(n_neighbors=1, metric="cosine").fit(h.numpy()).kneighbors()
     cosines = 1 - torch.tensor(distances[:, 0])  # (N,) of each picture and its nearest
-    groups = []
+    groups, rows = [], []
     for number in range(int(numbers.max()) + 1):
         group = (numbers == number).nonzero().flatten().tolist()
         group.sort(key=lambda i: (-round(cosines[i].item(), 4), len(pictures[i]["name"])))
         groups.append((cosines[group[0]].item(), group))
 
-    rows = []
     list_file = args.out.with_suffix(".txt")
     with list_file.open("x", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file, delimiter="\t", lineterminator="\n")
